@@ -1,0 +1,3 @@
+"""Make trained neural networks small and fast, measured on the artifact that ships."""
+
+__version__ = "0.1.0"

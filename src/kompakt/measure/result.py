@@ -1,0 +1,151 @@
+"""The schema of ``result.json``: what was measured, read off loaded artifacts, as one document.
+
+The schema is stable: fields are added, never renamed or removed, before ``schema_version`` changes.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from kompakt.errors import InputError
+
+
+class Record(BaseModel):
+    """Base of every record here: immutable, unknown fields refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Latency(Record):
+    """Time for one call, in milliseconds, measured interleaved with the baseline."""
+
+    p50: float
+    p90: float
+    threads: int
+    batch: int
+    runs: int
+
+
+class Measurement(Record):
+    """One artifact, as its runtime shows it.
+
+    ``accuracy`` is a share in 0…1 (or the user's metric), ``accuracy_ci95`` its interval;
+    ``size_bytes`` is the whole file; ``macs`` are for one example; ``peak_memory_bytes`` is the
+    resident set that loading and running the artifact adds in a process of its own.
+    """
+
+    name: str
+    file: str
+    accuracy: float | None = None
+    accuracy_ci95: tuple[float, float] | None = None
+    examples: int = 0
+    size_bytes: int
+    latency_ms: Latency | None = None
+    peak_memory_bytes: int | None = None
+    macs: int
+    params: int
+    bits_per_weight: float = 32.0
+
+
+class Drop(Record):
+    """How much an artifact lost against the ORIGINAL model on the same examples, in points."""
+
+    points: float
+    ci95: tuple[float, float]
+
+
+class Stage(Record):
+    """The figures after one stage of the pipeline, and what was done in it."""
+
+    name: str
+    did: str
+    measurement: Measurement
+    drop: Drop | None = None
+
+
+class Layer(Record):
+    """One layer: what was decided and what it costs.
+
+    ``weight_sqnr_db`` and ``output_sqnr_db`` are signal-to-noise ratios against the float model;
+    ``latency_ms`` is the time of the layer in the runtime, where the runtime tells it.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    params: int
+    macs: int
+    weight_bits: float
+    activation_bits: float
+    weight_sqnr_db: float | None = None
+    output_sqnr_db: float | None = None
+    latency_ms: float | None = None
+    sensitivity: float | None = None
+    note: str = ""
+
+
+class LeftAlone(Record):
+    """Something that was left as it was, with the reason."""
+
+    name: str
+    reason: str
+
+
+class Budget(Record):
+    """What may not be exceeded, and whether it was."""
+
+    max_drop: float | None
+    met: bool
+
+
+class Parity(Record):
+    """Simulated model against the artifact in its runtime, on the same examples."""
+
+    top1_agreement: float
+    max_abs_error: float
+    output_step: float
+    sqnr_db: float
+    examples: int
+
+
+class Result(Record):
+    """``result.json``: everything that one run of kompakt measured and decided."""
+
+    schema_version: Literal[1] = 1
+    command: str
+    model: str
+    data: str
+    target: str
+    baseline: Measurement
+    compressed: Measurement
+    drop_points: float | None = None
+    drop_ci95: tuple[float, float] | None = None
+    budget: Budget
+    stages: tuple[Stage, ...] = ()
+    layers: tuple[Layer, ...] = ()
+    left_alone: tuple[LeftAlone, ...] = ()
+    decisions: tuple[str, ...] = ()
+    parity: Parity | None = None
+    snippet: str = ""
+    files: dict[str, str] = {}
+    versions: dict[str, str] = {}
+    machine: dict[str, str] = {}
+    seed: int = 0
+    wall_s: float = 0.0
+
+    @staticmethod
+    def read(path: str | Path) -> "Result":
+        """Read a ``result.json``.
+
+        Raises:
+            InputError: the file cannot be read or does not follow the schema.
+        """
+        try:
+            return Result.model_validate_json(Path(path).read_bytes())
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the file"
+            raise InputError(f"{path}: {where}: {first['msg']}") from None

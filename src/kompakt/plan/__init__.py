@@ -1,0 +1,27 @@
+"""Decisions as data: ``Plan`` and its entries."""
+
+from kompakt.plan.plan import (
+    Cut,
+    Drop,
+    Entry,
+    Factor,
+    Plan,
+    Prune,
+    Quantize,
+    Share,
+    Sparsify,
+    diff,
+)
+
+__all__ = [
+    "Cut",
+    "Drop",
+    "Entry",
+    "Factor",
+    "Plan",
+    "Prune",
+    "Quantize",
+    "Share",
+    "Sparsify",
+    "diff",
+]
