@@ -1,0 +1,1 @@
+"""Bytes that ship: the container and one file for each target."""

@@ -1,0 +1,1 @@
+"""Plans carried out: the quantized and the pruned model, and the one training loop."""

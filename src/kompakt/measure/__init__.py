@@ -1,0 +1,1 @@
+"""What a loaded artifact shows: accuracy, latency, size, parity."""

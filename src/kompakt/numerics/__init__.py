@@ -1,0 +1,1 @@
+"""The mathematics: functions from tensors to tensors; no modules, no I/O."""
