@@ -209,9 +209,8 @@ def _finite(outputs: np.ndarray, index: int) -> np.ndarray:
 def _per_example(values: np.ndarray, expected: int, index: int) -> np.ndarray:
     values = np.asarray(values)
     if values.shape != (expected,):
-        raise InputError(
-            f"batch {index}: the metric must give shape ({expected},), one value an example, not {values.shape}"
-        )
+        expectation = f"one value an example, shape ({expected},)"
+        raise InputError(f"batch {index}: the metric must give {expectation}; it gave shape {values.shape}")
     if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
         raise InputError(f"batch {index}: the metric gave NaN or Inf")
     return values

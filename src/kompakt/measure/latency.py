@@ -15,7 +15,7 @@ from kompakt.measure.result import Latency
 
 SAMPLE_NS = 200_000  # a sample repeats a short call until it lasts this long: clock and call overhead stay below 0.1 %
 MAX_REPEATS = 10_000
-FIRST_LOOK = 10  # rounds before the interval of the ratio is first looked at
+FIRST_LOOK = 20  # rounds before the interval of the ratio is first looked at
 RESAMPLES = 1000
 
 
@@ -66,7 +66,8 @@ def interleave(
     A round takes one sample of every callable, each after one call that is not timed (so that
     caches hold its own weights, as where it runs alone). Short calls are repeated within a sample.
     It ends when the half-width of every ratio's interval is within ``precision`` of the ratio,
-    when ``seconds`` are spent, or after ``rounds``; at least one round is always taken.
+    when ``seconds`` are spent, or after ``rounds``; at least one round is always taken. A callable
+    that is timed alone has no ratio, and takes all of its rounds or seconds.
 
     Args:
         runs: name → callable that runs one inference; the first is the baseline of the ratios.
@@ -136,6 +137,8 @@ def _sample(run: Timed, repeats: int, clock: Callable[[], int]) -> float:
 
 
 def _narrow(samples: Mapping[str, list[float]], baseline: str, precision: float, seed: int) -> bool:
+    if len(samples) == 1:
+        return False
     base = np.array(samples[baseline])
     for name, own in samples.items():
         ratio, (low, high) = ratio_interval(np.array(own), base, seed)
