@@ -10,6 +10,7 @@ References: Nagel et al. 2021 (white paper), arXiv 2106.08295; Migacz 2017, "8-b
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import floor, frexp, ldexp
 
 import torch
 from torch import Tensor
@@ -121,13 +122,13 @@ class Histogram:
 
 
 def _bin(value: float, exponent: int) -> int:
-    return int(torch.floor(torch.tensor(value, dtype=torch.float64) * 2.0**-exponent))
+    return floor(ldexp(value, -exponent))
 
 
 def _exponent(minimum: float, maximum: float, bins: int) -> int:
     """Find the narrowest bins, as a power of two, of which ``bins`` reach from minimum to maximum."""
-    largest = torch.tensor(max(abs(minimum), abs(maximum)), dtype=torch.float64)
-    exponent = max(int(torch.frexp(largest).exponent) - FINEST, -126) if largest > 0 else -126
+    largest = max(abs(minimum), abs(maximum))
+    exponent = max(frexp(largest)[1] - FINEST, -126) if largest else -126
     while _bin(maximum, exponent) - _bin(minimum, exponent) >= bins:
         exponent += 1
     return exponent
@@ -285,29 +286,33 @@ def _kl(h: Histogram, spec: QuantSpec, candidates: int) -> Range:
     if narrowest >= 1 or not bool(counts.sum() > 0):
         return h.minimum, h.maximum
     shrink = torch.linspace(narrowest, 1, candidates, dtype=torch.float64)[:, None]
-    place = int(_divergence(counts, h.edges, low * shrink, high * shrink, levels).argmin())
+    middles = ((h.edges[:-1] + h.edges[1:]) / 2).clamp(float(h.minimum), float(h.maximum))
+    place = int(_divergence(counts, middles, low * shrink, high * shrink, levels).argmin())
     chosen = float(shrink[place])
     ends = torch.tensor([low * chosen, high * chosen])
     return torch.maximum(ends[0], h.minimum), torch.minimum(ends[1], h.maximum)
 
 
-def _divergence(counts: Tensor, edges: Tensor, low: Tensor, high: Tensor, levels: int) -> Tensor:
-    """Kullback–Leibler divergence for ranges ``low`` and ``high``, ``(candidates, 1)`` each."""
-    middles = (edges[:-1] + edges[1:]) / 2
-    level = ((middles - low) / (high - low) * levels).floor_()
-    inside = ((level >= 0) & (level < levels)).double()
-    index = level.clamp_(0, levels - 1).long()
-    kept, full = counts * inside, (counts > 0) * inside
+def _divergence(counts: Tensor, middles: Tensor, low: Tensor, high: Tensor, levels: int) -> Tensor:
+    """Kullback–Leibler divergence for ranges ``low`` and ``high``, ``(candidates, 1)`` each.
+
+    Infinite for a range that loses more than half of the values: the outliers, piled on one bin, would match.
+    """
+    below, above = middles < low, middles > high
+    inside = ~(below | above)
+    index = ((middles - low) / (high - low) * levels).floor_().clamp_(0, levels - 1).long()
+    kept, full = counts * inside, (counts > 0) * inside.double()
     empty = torch.zeros(len(low), levels, dtype=torch.float64)
     mass, places = empty.scatter_add(1, index, kept), empty.scatter_add(1, index, full)
     spread = (mass / places.clamp(min=1)).gather(1, index) * full
     # The outliers join the outermost bins of the range, as Migacz has it.
-    outer = torch.stack([(counts * (middles < low)).sum(1), (counts * (middles >= high)).sum(1)], dim=1)
-    first = (middles < low).sum(1, keepdim=True).clamp(max=len(middles) - 1)
-    last = ((middles < high).sum(1, keepdim=True) - 1).clamp(min=0)
-    p = kept.scatter_add(1, torch.cat([first, last], dim=1), outer)
+    outer = torch.stack([(counts * below).sum(1), (counts * above).sum(1)], dim=1)
+    first = below.sum(1).clamp(max=len(middles) - 1)
+    last = (~above).sum(1).sub(1).clamp(min=0)
+    p = kept.scatter_add(1, torch.stack([first, last], dim=1), outer)
     p, q = p / p.sum(1, keepdim=True), spread / spread.sum(1, keepdim=True).clamp(min=1)
-    return torch.where(p > 0, p * (p / q.clamp(min=1e-12)).log(), 0.0).sum(1)
+    divergence = torch.where(p > 0, p * (p / q.clamp(min=1e-12)).log(), 0.0).sum(1)
+    return torch.where(kept.sum(1) < counts.sum() / 2, torch.inf, divergence)
 
 
 def _by_channel(h: Histogram, one: Callable[[Histogram], Range]) -> Range:
