@@ -57,6 +57,8 @@ class QuantSpec:
         granularity: which values share a scale.
         narrow: leave out the most negative signed integer, so that the range is symmetric.
         dynamic: the range is taken from each input at run time; nothing is calibrated.
+        saturation_free: no two integers of a channel may add up to more than an int16 holds after each
+            is multiplied by an unsigned 8-bit activation (x86 without VNNI sums such pairs in int16).
     """
 
     bits: int = 8
@@ -65,6 +67,7 @@ class QuantSpec:
     granularity: Granularity = PerTensor()
     narrow: bool = False
     dynamic: bool = False
+    saturation_free: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= MAX_BITS:

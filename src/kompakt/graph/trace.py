@@ -6,7 +6,7 @@
 
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +19,10 @@ from kompakt.errors import ModelError
 from kompakt.graph.cost import op_macs
 from kompakt.graph.graph import Graph, Op, Ref, Tensor, Value
 
-_IN_PLACE = (
-    "add_ clamp_ div_ elu_ hardsigmoid_ hardswish_ hardtanh_ leaky_relu_ mul_ relu_ relu6_ sigmoid_ silu_ sub_ tanh_"
-).split()
+_PURE = frozenset(
+    {"add", "clamp", "div", "elu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "mul"}
+    | {"relu", "relu6", "sigmoid", "silu", "sub", "tanh"}
+)
 _VIEWS = frozenset({"slice", "select", "view", "chunk", "split", "getitem", "unbind", "narrow", "detach", "alias"})
 
 
@@ -177,7 +178,7 @@ def _arguments(node: fx.Node) -> dict[str, object]:
     return found
 
 
-def _value(value: object, names: dict[str, str]) -> Value:
+def _value(value: object, names: Mapping[str, str]) -> Value:
     """Turn a node's argument into plain data."""
     if isinstance(value, fx.Node):
         known = value.meta.get("val")
@@ -191,11 +192,11 @@ def _value(value: object, names: dict[str, str]) -> Value:
     return _plain(value)
 
 
-def _plain(value: object) -> Value:
+def _plain(value: object) -> bool | int | float | str:
     """Turn symbolic numbers into the example's, and anything else into its name."""
     if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
         return value.node.hint
-    if isinstance(value, bool | int | float):
+    if type(value) in (bool, int, float):
         return value
     return str(value)
 
@@ -203,7 +204,7 @@ def _plain(value: object) -> Value:
 def _shapes(value: object) -> tuple[tuple[int, ...], ...]:
     """Return the shapes of a fake value: one, or one for each tensor of a tuple."""
     if isinstance(value, TorchTensor):
-        return (tuple(int(_plain(size)) for size in value.shape),)  # type: ignore[arg-type]
+        return (tuple(int(_plain(size)) for size in value.shape),)
     if isinstance(value, list | tuple):
         return tuple(shape for item in value for shape in _shapes(item))
     return ()
@@ -238,17 +239,26 @@ def _functionalize(module: fx.GraphModule) -> None:
     """Replace in-place operators by their pure forms where nothing else sees the mutated tensor."""
     for node in list(module.graph.nodes):
         kind = kind_of(node) if node.op == "call_function" else ""
-        if kind not in _IN_PLACE:
+        if not kind.endswith("_") or kind[:-1] not in _PURE:
             continue
         base = node.args[0]
         if not isinstance(base, fx.Node) or kind_of(base) in _VIEWS or base.op == "get_attr":
             continue
         packet = getattr(torch.ops.aten, kind[:-1])
         node.target = getattr(packet, node.target._overloadname)
-        order = {item: index for index, item in enumerate(module.graph.nodes)}
-        base.replace_all_uses_with(node, delete_user_cb=lambda user, after=order[node], o=order: o[user] > after)
+        _redirect_later_users(module, base, node)
     module.graph.lint()
     module.recompile()
+
+
+def _redirect_later_users(module: fx.GraphModule, base: fx.Node, node: fx.Node) -> None:
+    """Let every user of ``base`` that comes after ``node`` read ``node`` instead."""
+    order = {item: index for index, item in enumerate(module.graph.nodes)}
+
+    def later(user: fx.Node) -> bool:
+        return order[user] > order[node]
+
+    base.replace_all_uses_with(node, delete_user_cb=later)
 
 
 def _explain(error: Exception, model: nn.Module) -> str:

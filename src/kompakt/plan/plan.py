@@ -23,12 +23,14 @@ class Quantize:
             is quantized (``role="activation"``).
         spec: the integers.
         range: the estimator of the range, a key of ``kompakt.numerics.ranges.ESTIMATORS``.
+        like: the op whose range this one shares (for ops that only move values); it must be quantized too.
     """
 
     tensor: str
     role: Literal["weight", "activation"]
     spec: QuantSpec
     range: str = "minmax"
+    like: str | None = None
     kind: Literal["quantize"] = "quantize"
 
 

@@ -1,0 +1,166 @@
+"""Export to ONNX for ONNX Runtime, open a session, and read what the runtime made of the file."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from onnxscript import opset21 as op
+from torch import nn
+
+from kompakt.artifact.qdq import to_integers
+from kompakt.errors import FormatError, ModelError
+from kompakt.files import atomic_path
+from kompakt.graph.trace import Capture
+
+INTEGER_OPS = frozenset(
+    {
+        "QLinearConv", "QLinearMatMul", "QLinearAdd", "QLinearMul", "QGemm", "QLinearConcat", "QLinearAveragePool",
+        "QLinearGlobalAveragePool", "QLinearSigmoid", "QLinearLeakyRelu", "QLinearSoftmax", "ConvInteger",
+        "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "DynamicQuantizeLinear", "MatMulNBits",
+    }
+)  # fmt: skip
+HEAVY_FLOAT_OPS = frozenset({"Conv", "FusedConv", "Gemm", "MatMul", "FusedGemm", "FusedMatMul", "ConvTranspose"})
+
+
+def export_onnx(capture: Capture, path: str | Path, *, metadata: dict[str, str] | None = None) -> Path:
+    """Write a capture, float or quantized, as an ONNX file with a symbolic batch where the model has one.
+
+    Raises:
+        ModelError: an operator has no ONNX form; the message names it.
+    """
+    path = Path(path)
+    module = to_integers(capture)
+    program = _onnx_program(module, capture.example)
+    model = program.model_proto
+    _unshare_zero_points(model)
+    for key, value in sorted((metadata or {}).items()):
+        model.metadata_props.add(key=key, value=value)
+    with atomic_path(path) as temporary:
+        onnx.save_model(model, str(temporary))
+    return path
+
+
+def _onnx_program(module: nn.Module, example: tuple[torch.Tensor, ...]) -> "torch.onnx.ONNXProgram":
+    dynamic = tuple({0: torch.export.Dim.AUTO} if x.ndim and x.shape[0] > 1 else None for x in example)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            exported = torch.export.export(module, example, dynamic_shapes=dynamic, strict=False)
+            made = torch.onnx.export(
+                exported, dynamo=True, opset_version=21, custom_translation_table=_table(), verbose=False, optimize=True
+            )
+        except Exception as error:
+            first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+            raise ModelError(f"ONNX export: {type(error).__name__}: {first[:300]}") from error
+    assert made is not None
+    return made
+
+
+def _table() -> dict[Callable, Callable]:
+    return {
+        torch.ops.kompakt.quantize.default: _quantize,
+        torch.ops.kompakt.dequantize.default: _dequantize,
+        torch.ops.kompakt.dynamic_linear.default: _dynamic_linear,
+        torch.ops.kompakt.global_average_pool.default: _global_average_pool,
+    }
+
+
+def _quantize(x, scale, zero_point):  # type: ignore[no-untyped-def]  # onnxscript reads the values
+    return op.QuantizeLinear(x, scale, zero_point)
+
+
+def _dequantize(q, scale, zero_point, axis: int = 0):  # type: ignore[no-untyped-def]
+    return op.DequantizeLinear(q, scale, zero_point, axis=axis)
+
+
+def _global_average_pool(x):  # type: ignore[no-untyped-def]
+    return op.GlobalAveragePool(x)
+
+
+def _dynamic_linear(x, weight, weight_scale, weight_zero):  # type: ignore[no-untyped-def]
+    integers, scale, zero = op.DynamicQuantizeLinear(x)
+    product = op.MatMulInteger(integers, weight, zero, weight_zero)
+    return op.Mul(op.Cast(product, to=1), op.Mul(scale, weight_scale))
+
+
+def _unshare_zero_points(model: onnx.ModelProto) -> None:
+    """Give every DequantizeLinear and QuantizeLinear a zero point of its own.
+
+    The exporter shares equal initializers; ONNX Runtime's ``session.x64quantprecision`` then fails with
+    ``AddInitializedOrtValue Attempt to replace the existing tensor``.
+    """
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    taken: set[str] = set()
+    for node in model.graph.node:
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or len(node.input) < 3:
+            continue
+        name = node.input[2]
+        if name not in stored:
+            continue
+        if name in taken and node.op_type == "DequantizeLinear" and node.input[0] in stored:
+            copy = onnx.TensorProto()
+            copy.CopyFrom(stored[name])
+            copy.name = f"{node.input[0]}_zero_point_own"
+            model.graph.initializer.append(copy)
+            node.input[2] = copy.name
+        taken.add(name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """An open ONNX Runtime session and how it was opened."""
+
+    session: ort.InferenceSession
+    path: Path
+    threads: int
+
+    def __call__(self, batch: np.ndarray) -> np.ndarray:
+        """Run one batch and return the first output."""
+        return self.session.run(None, {self.session.get_inputs()[0].name: batch})[0]
+
+
+def open_onnx(path: str | Path, *, threads: int = 1, optimized: Path | None = None, extended: bool = False) -> Runtime:
+    """Open a file in ONNX Runtime on the CPU.
+
+    Args:
+        path: the file.
+        threads: intra-op threads; with more than one, idle threads do not spin.
+        optimized: where to write the graph as the runtime optimised it.
+        extended: stop before the layout optimisations that depend on the CPU.
+
+    Raises:
+        FormatError: the file is missing, is not an ONNX model, or the runtime cannot run it.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0" if threads > 1 else "1")
+    if extended:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    if not Path(path).is_file():
+        raise FormatError(f"{path}: no such file")
+    try:
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises classes of its own, one for each status
+        raise FormatError(f"{path}: ONNX Runtime cannot open it: {str(error).splitlines()[0][:300]}") from None
+    return Runtime(session=session, path=Path(path), threads=threads)
+
+
+def runtime_ops(path: str | Path) -> dict[str, int]:
+    """Count the operators of a file after ONNX Runtime's own optimisation, as it would run them."""
+    import tempfile
+    from collections import Counter
+
+    with tempfile.TemporaryDirectory() as folder:
+        seen = Path(folder) / "optimized.onnx"
+        open_onnx(path, optimized=seen, extended=True)
+        model = onnx.load(str(seen), load_external_data=False)
+    return dict(Counter(node.op_type for node in model.graph.node))

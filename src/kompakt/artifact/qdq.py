@@ -1,0 +1,228 @@
+"""Turn a quantized capture into one of real integers, ready for export: ``kompakt::`` operators.
+
+The simulated graph rounds floats; here the weights become int8 buffers and every rounding becomes the
+pair of operators that ONNX calls QuantizeLinear and DequantizeLinear, with the very same numbers.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, fx, nn
+
+from kompakt.build.layers import BiasQuantizer, Quantizer
+from kompakt.graph.trace import Capture, attribute
+from kompakt.numerics.grid import quantize
+from kompakt.spec import PerChannel, PerGroup
+
+
+@torch.library.custom_op("kompakt::quantize", mutates_args=())
+def quantize_op(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Return ``clamp(round(x / scale) + zero_point)`` in the type of ``zero_point`` (per tensor)."""
+    info = torch.iinfo(zero_point.dtype)
+    steps = torch.round(x / scale) + zero_point.to(torch.float32)
+    return steps.clamp(info.min, info.max).to(zero_point.dtype)
+
+
+@torch.library.custom_op("kompakt::dequantize", mutates_args=())
+def dequantize_op(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
+    """Return ``scale · (q - zero_point)``; scales of one dimension run along ``axis``."""
+    if scale.ndim:
+        shape = [1] * q.ndim
+        shape[axis] = -1
+        scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
+    return (q.to(torch.int32) - zero_point.to(torch.int32)).to(torch.float32) * scale
+
+
+@torch.library.custom_op("kompakt::dynamic_linear", mutates_args=())
+def dynamic_linear_op(x: Tensor, weight: Tensor, weight_scale: Tensor, weight_zero: Tensor) -> Tensor:
+    """Multiply ``x``, quantized to u8 by its own range, by int8 ``weight`` of shape (in, out)."""
+    low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
+    scale = (high - low) / 255
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    zero = torch.round(-low / scale).clamp(0, 255)
+    steps = (torch.round(x / scale) + zero).clamp(0, 255) - zero
+    return (steps @ (weight.to(torch.float32) - weight_zero.to(torch.float32))) * (scale * weight_scale)
+
+
+@quantize_op.register_fake
+def _(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    return torch.empty_like(x, dtype=zero_point.dtype)
+
+
+@dequantize_op.register_fake
+def _(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
+    return torch.empty_like(q, dtype=torch.float32)
+
+
+@dynamic_linear_op.register_fake
+def _(x: Tensor, weight: Tensor, weight_scale: Tensor, weight_zero: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[-1]))
+
+
+@torch.library.custom_op("kompakt::global_average_pool", mutates_args=())
+def global_average_pool_op(x: Tensor) -> Tensor:
+    """Average each channel's image: (N, C, H, W) → (N, C, 1, 1)."""
+    return x.mean(dim=(2, 3), keepdim=True)
+
+
+@global_average_pool_op.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:2], 1, 1))
+
+
+def to_integers(capture: Capture) -> fx.GraphModule:
+    """Return a graph module that stores integers and computes with ``kompakt::`` operators."""
+    module = copy.deepcopy(capture.module)
+    for node in list(module.graph.nodes):
+        if node.op == "call_function" and node.target is torch.ops.aten.linear.default:
+            _spell_out_linear(module, node)
+        elif _averages_image(node):
+            _pool_globally(module, node)
+    for node in list(module.graph.nodes):
+        if node.op != "call_module":
+            continue
+        made = module.get_submodule(str(node.target))
+        if isinstance(made, BiasQuantizer):
+            bias = attribute(module, str(node.args[0].target))
+            _store(module, node, made.integers(bias), made.scale, torch.zeros_like(made.scale, dtype=torch.int32), 0)
+        elif isinstance(made, Quantizer) and _reads_attribute(node):
+            _store_weight(module, node, made)
+        elif isinstance(made, Quantizer) and not made.spec.dynamic:
+            _round_activation(module, node, made)
+    module.graph.eliminate_dead_code()
+    module.delete_all_unused_submodules()
+    _drop_unread_tensors(module)
+    module.recompile()
+    return module
+
+
+def _reads_attribute(node: fx.Node) -> bool:
+    return node.args[0].op == "get_attr"
+
+
+def _store_weight(module: fx.GraphModule, node: fx.Node, made: Quantizer) -> None:
+    """Replace a rounded weight by its integers."""
+    weight = attribute(module, str(node.args[0].target))
+    granularity = made.spec.granularity
+    if isinstance(granularity, PerGroup):
+        # No runtime here multiplies grouped 8-bit integers: the rounded values ship as floats.
+        with torch.no_grad():
+            _constant(module, node, made(weight))
+        return
+    axis = granularity.axis if isinstance(granularity, PerChannel) else 0
+    kind = torch.int8 if made.spec.signed else torch.uint8
+    integers = quantize(weight, made.scale, made.zero_point, made.spec).to(kind)
+    _store(module, node, integers, made.scale, made.zero_point.to(kind), axis)
+
+
+def _store(
+    module: fx.GraphModule, node: fx.Node, integers: Tensor, scale: Tensor, zero_point: Tensor, axis: int
+) -> None:
+    """Replace ``node`` by a dequantization of stored integers."""
+    name = str(node.args[0].target)
+    with module.graph.inserting_before(node):
+        reads = [_buffer(module, name + end, v) for end, v in _named(integers, scale, zero_point)]
+        value = module.graph.call_function(torch.ops.kompakt.dequantize.default, (*reads, axis))
+    node.replace_all_uses_with(value)
+    module.graph.erase_node(node)
+
+
+def _named(integers: Tensor, scale: Tensor, zero_point: Tensor) -> tuple[tuple[str, Tensor], ...]:
+    return ("_integers", integers), ("_scale", scale), ("_zero_point", zero_point)
+
+
+def _round_activation(module: fx.GraphModule, node: fx.Node, made: Quantizer) -> None:
+    """Replace a rounded activation by a quantization and a dequantization."""
+    kind = torch.int8 if made.spec.signed else torch.uint8
+    name = str(node.target).replace(".", "_")
+    with module.graph.inserting_before(node):
+        scale = _buffer(module, name + "_scale", made.scale)
+        zero_point = _buffer(module, name + "_zero_point", made.zero_point.to(kind))
+        integers = module.graph.call_function(torch.ops.kompakt.quantize.default, (node.args[0], scale, zero_point))
+        value = module.graph.call_function(torch.ops.kompakt.dequantize.default, (integers, scale, zero_point, 0))
+    node.replace_all_uses_with(value)
+    module.graph.erase_node(node)
+
+
+def _spell_out_linear(module: fx.GraphModule, node: fx.Node) -> None:
+    """Write a quantized linear layer as a product and a sum, its weight stored (in, out).
+
+    ONNX Runtime has integer kernels for MatMul of a weight (in, out); the weight's transpose as an
+    operator would stand between it and its integers.
+    """
+    source, weight_node = node.args[0], node.args[1]
+    bias = node.args[2] if len(node.args) > 2 else None
+    made = module.get_submodule(str(weight_node.target)) if weight_node.op == "call_module" else None
+    if not isinstance(made, Quantizer) or isinstance(made.spec.granularity, PerGroup):
+        return
+    dynamic = _dynamic(module, source)
+    if not dynamic and node.meta["val"].ndim == 2:
+        return  # exported as Gemm, whose kernel takes the weight as it is
+    weight = attribute(module, str(weight_node.args[0].target))
+    integers = quantize(weight, made.scale, made.zero_point, made.spec).to(torch.int8).t().contiguous()
+    name = str(weight_node.args[0].target)
+    with module.graph.inserting_before(node):
+        parts = _named(integers, made.scale, made.zero_point.to(torch.int8))
+        reads = [_buffer(module, name + end, value) for end, value in parts]
+        if dynamic:
+            operands = (source.args[0], *reads)
+            value = module.graph.call_function(torch.ops.kompakt.dynamic_linear.default, operands)
+        else:
+            rounded = module.graph.call_function(torch.ops.kompakt.dequantize.default, (*reads, 1))
+            value = module.graph.call_function(torch.ops.aten.matmul.default, (source, rounded))
+        if bias is not None:
+            value = module.graph.call_function(torch.ops.aten.add.Tensor, (value, bias))
+    node.replace_all_uses_with(value)
+    module.graph.erase_node(node)
+
+
+def _averages_image(node: fx.Node) -> bool:
+    """Whether a node averages whole images; as GlobalAveragePool it has an integer kernel, as ReduceMean none."""
+    if node.op != "call_function" or node.meta["val"] is None or not node.all_input_nodes:
+        return False
+    if node.target is torch.ops.aten.adaptive_avg_pool2d.default:
+        return tuple(node.args[1]) in ((1, 1), (1,)) and node.args[0].meta["val"].ndim == 4
+    if node.target is torch.ops.aten.mean.dim:
+        return node.args[0].meta["val"].ndim == 4 and sorted(dim % 4 for dim in node.args[1]) == [2, 3]
+    return False
+
+
+def _pool_globally(module: fx.GraphModule, node: fx.Node) -> None:
+    keeps = node.meta["val"].ndim == 4
+    with module.graph.inserting_before(node):
+        value = module.graph.call_function(torch.ops.kompakt.global_average_pool.default, (node.args[0],))
+        if not keeps:
+            value = module.graph.call_function(torch.ops.aten.flatten.using_ints, (value, 1))
+    node.replace_all_uses_with(value)
+    module.graph.erase_node(node)
+
+
+def _dynamic(module: fx.GraphModule, node: fx.Node) -> bool:
+    made = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return isinstance(made, Quantizer) and made.spec.dynamic
+
+
+def _buffer(module: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
+    """Register a buffer and insert a read of it."""
+    key = name.replace(".", "_")
+    module.register_buffer(key, value.detach().clone())
+    return module.graph.get_attr(key)
+
+
+def _constant(module: fx.GraphModule, node: fx.Node, value: Tensor) -> None:
+    with module.graph.inserting_before(node):
+        read = _buffer(module, str(node.args[0].target) + "_rounded", value)
+    node.replace_all_uses_with(read)
+    module.graph.erase_node(node)
+
+
+def _drop_unread_tensors(module: fx.GraphModule) -> None:
+    """Delete the parameters and buffers that no node reads, so that they do not ship."""
+    read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        holder: nn.Module = module.get_submodule(owner)
+        inside = any(node.op == "call_module" and name.startswith(f"{node.target}.") for node in module.graph.nodes)
+        if name not in read and not inside:
+            delattr(holder, leaf)

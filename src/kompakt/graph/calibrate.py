@@ -1,0 +1,95 @@
+"""Run the captured model on data and keep what quantizers need to know of its activations."""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from kompakt.errors import InputError, ModelError
+from kompakt.graph.trace import Capture
+from kompakt.numerics.ranges import Histogram, update
+
+SAMPLE = 1 << 16
+"""Values of one tensor and batch that enter its histogram; the extremes always do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """Facts about a captured model on data.
+
+    Args:
+        histograms: of each op's output, over the calibration data.
+        means: mean of each channel (dimension 1; the last for 2-D and 3-D outputs) of each op's output.
+        examples: number of examples seen.
+    """
+
+    histograms: Mapping[str, Histogram]
+    means: Mapping[str, Tensor]
+    examples: int
+
+
+def calibrate(capture: Capture, batches: Iterable[Tensor], names: Collection[str]) -> Stats:
+    """Collect the statistics of the outputs of the ops called ``names``.
+
+    Args:
+        capture: the captured model.
+        batches: inputs, batch first.
+        names: ops to observe.
+
+    Raises:
+        InputError: there is not one batch.
+        ModelError: an activation holds NaN or infinity; the message names the first such op.
+    """
+    watch = _Watch(capture, frozenset(names))
+    with torch.inference_mode():
+        for batch in batches:
+            watch.examples += len(batch)
+            watch.run(batch)
+    if not watch.examples:
+        raise InputError("calibration: the data gave no batch; expected at least one")
+    means = {name: total / watch.counts[name] for name, total in watch.sums.items()}
+    return Stats(histograms=watch.histograms, means=means, examples=watch.examples)
+
+
+class _Watch(fx.Interpreter):
+    """An interpreter that adds the outputs of some nodes to histograms and channel means."""
+
+    def __init__(self, capture: Capture, names: frozenset[str]) -> None:
+        super().__init__(capture.module)
+        self.graph_facts = capture.graph
+        self.names = names
+        self.histograms: dict[str, Histogram] = {}
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.examples = 0
+
+    def run_node(self, n: fx.Node) -> object:
+        """Run one node and observe its output."""
+        value = super().run_node(n)
+        if n.name in self.names and isinstance(value, Tensor):
+            self._observe(n.name, value)
+        return value
+
+    def _observe(self, name: str, value: Tensor) -> None:
+        self.histograms[name] = _counted(self.histograms.get(name), value, self._where(name))
+        axis = 1 if value.ndim == 4 else value.ndim - 1
+        others = [dim for dim in range(value.ndim) if dim != axis]
+        total = value.sum(dim=others, dtype=torch.float64) if others else value.double()
+        self.sums[name] = self.sums.get(name, torch.zeros_like(total)) + total
+        self.counts[name] = self.counts.get(name, 0) + value.numel() // max(value.shape[axis], 1)
+
+    def _where(self, name: str) -> str:
+        op = self.graph_facts.by_name[name]
+        return f"{name} ({op.module or 'the model'}{', ' + op.source if op.source else ''})"
+
+
+def _counted(histogram: Histogram | None, value: Tensor, where: str) -> Histogram:
+    """Add one output to a histogram: a strided sample of it, and its exact extremes."""
+    low, high = value.aminmax()
+    if not torch.isfinite(low) or not torch.isfinite(high):
+        raise ModelError(f"{where}: the activation holds NaN or infinity; check the weights and the input's scaling")
+    flat = value.flatten()
+    stride = max(1, -(-flat.numel() // SAMPLE)) | 1
+    sample = torch.cat([flat[::stride], low.reshape(1), high.reshape(1)]) if stride > 1 else flat
+    return update(histogram, sample)

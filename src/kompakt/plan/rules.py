@@ -1,0 +1,148 @@
+"""``Rules``: what a target runs in integers, as data; and where its quantizers stand in a graph."""
+
+from dataclasses import dataclass
+
+from kompakt.graph.graph import Graph, Op
+from kompakt.spec import PerChannel, QuantSpec
+
+MOVES = frozenset(
+    {"max_pool2d", "flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "contiguous"}
+    | {"getitem", "chunk", "split", "slice", "clone", "unflatten"}
+)
+"""Ops that only move or choose values: their output lies on the grid of their input."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What a target can run in integers, and in which.
+
+    Args:
+        target: the target's name.
+        weight: integers of a layer's weight.
+        weight_depthwise: integers of a depthwise convolution's weight, whose kernels sum in int32.
+        activation: integers of activations.
+        layers: layer kinds with an integer kernel.
+        needs_output: the layer kinds whose integer kernel needs a quantized output too.
+        joins: ops of several inputs with an integer kernel.
+        pools: ops that average, with an integer kernel.
+        clamps: ops that follow a layer and become part of its output's clamp.
+    """
+
+    target: str
+    weight: QuantSpec
+    weight_depthwise: QuantSpec
+    activation: QuantSpec
+    layers: frozenset[str] = frozenset({"conv2d", "linear"})
+    needs_output: frozenset[str] = frozenset({"conv2d"})
+    joins: frozenset[str] = frozenset({"add", "cat", "mul"})
+    pools: frozenset[str] = frozenset({"adaptive_avg_pool2d", "avg_pool2d", "mean"})
+    clamps: frozenset[str] = frozenset({"relu", "relu6", "hardtanh"})
+
+
+ONNXRUNTIME = Rules(
+    target="onnxruntime",
+    weight=QuantSpec(bits=8, granularity=PerChannel(), narrow=True, saturation_free=True),
+    weight_depthwise=QuantSpec(bits=8, granularity=PerChannel(), narrow=True),
+    activation=QuantSpec(bits=8, signed=False, symmetric=False),
+)
+"""ONNX Runtime on any x86 or ARM CPU: u8 activations, s8 weights that cannot saturate anywhere."""
+
+
+def is_depthwise(graph: Graph, op: Op) -> bool:
+    """Whether a convolution has one input channel for each output channel."""
+    weight = graph.weight(op)
+    return op.kind == "conv2d" and weight is not None and weight.shape[1] == 1 and op.arguments["groups"] != 1
+
+
+def data_inputs(graph: Graph, op: Op) -> tuple[str, ...]:
+    """Names of the ops (not tensors) that an op reads."""
+    return tuple(name for name in op.refs if name in graph.by_name)
+
+
+def integer_layers(graph: Graph, rules: Rules, keep: frozenset[str]) -> tuple[Op, ...]:
+    """The layers that run in integers under ``rules``, less those named in ``keep``."""
+    return tuple(op for op in graph.layers if op.kind in rules.layers and op.name not in keep)
+
+
+def placed(graph: Graph, rules: Rules, keep: frozenset[str] = frozenset()) -> dict[str, str | None]:
+    """Decide which ops' outputs are quantized.
+
+    A layer's input is quantized at its producer; a convolution's output behind the clamps that follow
+    it; a join or pool is made an integer op where all that it reads can be quantized and what it makes
+    is wanted quantized. An op that only moves values shares the grid of what it moves.
+
+    Args:
+        graph: a folded graph.
+        rules: the target's.
+        keep: names of layers that stay float.
+
+    Returns:
+        Name of op → None, or the name of the op whose range it shares, in execution order.
+    """
+    layers = {op.name for op in integer_layers(graph, rules, keep)}
+    wanted = _wanted(graph, rules, layers)
+    marked: set[str] = set()
+    for op in graph.ops:
+        if op.name in layers:
+            marked.add(op.arguments["input"].name)  # type: ignore[union-attr]
+            if op.kind in rules.needs_output:
+                marked.add(clamped(graph, rules, op).name)
+        elif op.name in wanted and op.kind in rules.joins | rules.pools:
+            marked.update((*data_inputs(graph, op), clamped(graph, rules, op).name))
+    return _with_sources(graph, marked)
+
+
+def clamped(graph: Graph, rules: Rules, op: Op) -> Op:
+    """The last of the clamps that follow ``op`` and that nothing else sees; ``op`` itself if there is none."""
+    users = graph.users[op.name]
+    while len(users) == 1 and users[0].kind in rules.clamps and op.name not in graph.outputs:
+        op = users[0]
+        users = graph.users[op.name]
+    return op
+
+
+def _wanted(graph: Graph, rules: Rules, layers: set[str]) -> set[str]:
+    """The ops whose output some integer op reads, and whose own inputs can be quantized."""
+    wanted: set[str] = set()
+    for op in reversed(graph.ops):
+        if any(_wants(graph, rules, user, op, layers, wanted) for user in graph.users[op.name]):
+            wanted.add(op.name)
+    able = _able(graph, rules, layers, wanted)
+    return wanted & able
+
+
+def _wants(graph: Graph, rules: Rules, user: Op, op: Op, layers: set[str], wanted: set[str]) -> bool:
+    """Whether ``user`` wants the output of ``op`` in integers."""
+    if user.name in layers:
+        return user.ref("input") == op.name
+    return user.name in wanted and user.kind in rules.joins | rules.pools | rules.clamps | MOVES
+
+
+def _able(graph: Graph, rules: Rules, layers: set[str], wanted: set[str]) -> set[str]:
+    """The ops whose output can be quantized without a float op having to be cut off for it."""
+    able: set[str] = set()
+    passing = rules.joins | rules.pools | rules.clamps | MOVES
+    for op in graph.ops:
+        inputs = data_inputs(graph, op)
+        if op.kind not in passing or op.name in layers:
+            fits = op.name in layers or op.kind == "input" or op.name in wanted
+        else:
+            several = op.kind not in rules.joins or op.kind == "cat" or len(inputs) > 1
+            fits = bool(inputs) and several and able.issuperset(inputs)
+        if fits:
+            able.add(op.name)
+    return able
+
+
+def _with_sources(graph: Graph, marked: set[str]) -> dict[str, str | None]:
+    """Add the source of every marked op that only moves values, and tie their ranges."""
+    like: dict[str, str | None] = {}
+    for op in reversed(graph.ops):
+        if op.name not in marked:
+            continue
+        inputs = data_inputs(graph, op)
+        moves = op.kind in MOVES and len(inputs) == 1
+        like[op.name] = inputs[0] if moves else None
+        if moves:
+            marked.add(inputs[0])
+    return {op.name: like[op.name] for op in graph.ops if op.name in like and op.dtype == "float32"}
