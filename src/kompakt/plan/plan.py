@@ -45,8 +45,28 @@ class Cut:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mend:
+    """A number in a module's code that follows a width: attributes equal to ``before`` become ``after``.
+
+    Args:
+        module: qualified name of the module whose attributes are mended.
+        before: an integer such as ``num_heads``, or several such as the sizes of a split.
+        after: what it becomes, of the same length.
+    """
+
+    module: str
+    before: int | tuple[int, ...]
+    after: int | tuple[int, ...]
+    kind: Literal["mend"] = "mend"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Prune:
-    """Remove coupled channels: every cut of one group, together."""
+    """Remove coupled channels: every cut of one group, together.
+
+    Entries that follow each other state their indices in the same model, the one before the first of
+    them; a cut whose ``size`` is what an earlier one left starts the next round.
+    """
 
     group: str
     cuts: tuple[Cut, ...]
@@ -95,7 +115,7 @@ class Factor:
     kind: Literal["factor"] = "factor"
 
 
-Entry = Annotated[Quantize | Prune | Sparsify | Share | Drop | Factor, Field(discriminator="kind")]
+Entry = Annotated[Quantize | Prune | Mend | Sparsify | Share | Drop | Factor, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True, kw_only=True)

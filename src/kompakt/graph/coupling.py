@@ -1,0 +1,237 @@
+"""Which channels of which tensors stand or fall together, as plain data: ``Group`` and ``Coupling``.
+
+Found from the ``Graph`` alone, with no rule for any architecture (compare DepGraph, Fang et al. 2023,
+arXiv:2301.12900, which needs the module classes): indices are labelled, labels flow through the ops
+(``kompakt.graph.flow``), and what an op ties becomes one unit.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from kompakt.errors import PlanError
+from kompakt.graph.cost import op_macs
+from kompakt.graph.flow import Flow, flow
+from kompakt.graph.graph import Graph, Left, Op
+from kompakt.graph.labels import Array, Dims
+from kompakt.graph.rules import RULES
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """One dimension of one tensor, and for each unit of the group the indices that go with it."""
+
+    tensor: str
+    dim: int
+    size: int
+    indices: tuple[tuple[int, ...], ...]
+    makes: bool  # whether this dimension makes channels (a layer's outputs), not only reads them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Units that can be removed independently of one another, each with all that goes with it.
+
+    Args:
+        name: the module whose outputs the units are (the first in execution order).
+        size: number of units: channels, blocks of channels, or attention heads.
+        members: every dimension of every tensor that units of this group own indices of.
+        units: the number of each unit in the ``Coupling``.
+    """
+
+    name: str
+    size: int
+    members: tuple[Member, ...]
+    units: tuple[int, ...]
+
+    @cached_property
+    def makers(self) -> tuple[Member, ...]:
+        """The members that make channels."""
+        return tuple(member for member in self.members if member.makes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a model costs: multiply–accumulates for one example, and parameter values."""
+
+    macs: int
+    params: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Coupling:
+    """What can be removed from a model, and what is left whole.
+
+    Args:
+        graph: the model.
+        groups: the removable units, in execution order.
+        left: layers whose outputs stay whole, and why.
+        tensors: for each tensor the unit (0: none) of every index of every dimension.
+        ops: the same for every output of every op.
+    """
+
+    graph: Graph
+    groups: tuple[Group, ...]
+    left: tuple[Left, ...]
+    tensors: Mapping[str, Dims] = field(repr=False)
+    ops: Mapping[str, tuple[Dims, ...]] = field(repr=False)
+
+    def group(self, name: str) -> Group:
+        """The group called ``name``, or the one that holds the tensor or the module ``name``.
+
+        Raises:
+            PlanError: there is none; the nearest names are offered.
+        """
+        for group in self.groups:
+            if name == group.name:
+                return group
+        for group in self.groups:
+            if any(name in (member.tensor, member.tensor.rpartition(".")[0]) for member in group.makers):
+                return group
+        from difflib import get_close_matches
+
+        near = ", ".join(get_close_matches(name, [group.name for group in self.groups], n=3, cutoff=0.0))
+        raise PlanError(f"{name}: no channels of that name can be removed; the nearest are {near}")
+
+    def shapes_after(self, units: Iterable[int]) -> dict[str, Shapes]:
+        """Return the shapes that tensors and op outputs have without the given units, by name."""
+        gone = np.zeros(1 + max((unit for group in self.groups for unit in group.units), default=0), dtype=np.int64)
+        gone[list(units)] = 1
+        gone[0] = 0
+
+        def size(dim: Array) -> int:
+            return len(dim) - int(gone[dim].sum())
+
+        after = {name: (tuple(size(dim) for dim in dims),) for name, dims in self.tensors.items()}
+        for name, outputs in self.ops.items():
+            after[name] = tuple(tuple(size(dim) for dim in dims) for dims in outputs)
+        return after
+
+    def cost_after(self, units: Iterable[int]) -> Cost:
+        """Count what the model costs without the given units, exactly, from shapes alone."""
+        shapes = self.shapes_after(units)
+        batch = next((op.shape[0] for op in self.graph.ops if op.kind == "input" and op.shape), 1)
+        macs = sum(_macs(op, shapes) // max(batch, 1) for op in self.graph.ops if op.macs)
+        params = sum(
+            int(np.prod(shapes[t.name][0], dtype=np.int64)) if t.name in shapes else t.numel
+            for t in self.graph.tensors
+            if t.kind == "parameter"
+        )
+        return Cost(macs=macs, params=params)
+
+
+def _macs(op: Op, shapes: Mapping[str, Shapes]) -> int:
+    return op_macs(op.kind, shapes[op.name][0], [shapes[name][0] for name in op.refs])
+
+
+def couple(graph: Graph) -> Coupling:
+    """Find what can be removed from a model: groups of units, and the layers that are left whole.
+
+    Example:
+        >>> import torch
+        >>> from kompakt.graph.trace import trace
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+        >>> [(g.name, g.size, [(m.tensor, m.dim) for m in g.members]) for g in couple(trace(net, torch.zeros(2, 4)).graph).groups]
+        [('0', 3, [('0.weight', 0), ('0.bias', 0), ('2.weight', 1)])]
+    """
+    found = flow(graph, RULES)
+    found.labels.settle()
+    root = found.labels.roots()
+    slots = {(name, dim): root[labels] for name, dims in found.tensors.items() for dim, labels in enumerate(dims)}
+    sets = _sets(slots, found)
+    unit = np.zeros(int(root.max()) + 1, dtype=np.int64)
+    groups, small = [], []
+    count = 0
+    for name, (roots, _) in sets.items():
+        if len(roots) < 2:
+            small.append(name)
+            continue
+        unit[roots] = np.arange(count + 1, count + len(roots) + 1)
+        count += len(roots)
+    for name, (roots, members) in sets.items():
+        if len(roots) >= 2:
+            groups.append(_group(name, unit[roots], {slot: unit[slots[slot]] for slot in members}, found))
+    return Coupling(
+        graph=graph,
+        groups=tuple(groups),
+        left=_left(found, root, unit),
+        tensors={name: tuple(unit[root[dim]] for dim in dims) for name, dims in found.tensors.items()},
+        ops={name: tuple(tuple(unit[root[d]] for d in dims) for dims in outs) for name, outs in found.ops.items()},
+    )
+
+
+def groups(graph: Graph) -> tuple[tuple[Group, ...], tuple[Left, ...]]:
+    """Find the groups of a model and what is left whole (see ``couple``)."""
+    found = couple(graph)
+    return found.groups, found.left
+
+
+Slot = tuple[str, int]
+
+
+def _sets(slots: Mapping[Slot, Array], found: Flow) -> dict[str, tuple[Array, list[Slot]]]:
+    """Gather units that are made by the same layers: name → (their roots, all slots that they touch)."""
+    order = {name: number for number, name in enumerate(slots)}
+    where: dict[int, list[Slot]] = defaultdict(list)
+    for slot, labels in slots.items():
+        for value in np.unique(labels):
+            if value:
+                where[int(value)].append(slot)
+    by_makers: dict[tuple[Slot, ...], list[int]] = defaultdict(list)
+    for value, touched in where.items():
+        makers = tuple(slot for slot in touched if slot in found.producers)
+        by_makers[makers or tuple(touched)].append(value)
+    result: dict[str, tuple[Array, list[Slot]]] = {}
+    for makers, values in sorted(by_makers.items(), key=lambda item: order[item[0][0]]):
+        name = base = makers[0][0].rpartition(".")[0] or makers[0][0]
+        number = 1
+        while name in result:
+            number += 1
+            name = f"{base}#{number}"
+        positions = slots[makers[0]]
+        first = {int(value): index for index, value in reversed(list(enumerate(positions)))}
+        values.sort(key=lambda value: first[value])
+        touched = sorted({slot for value in values for slot in where[value]}, key=lambda slot: order[slot])
+        result[name] = (np.array(values, dtype=np.int64), touched)
+    return result
+
+
+def _group(name: str, units: Array, slots: Mapping[Slot, Array], found: Flow) -> Group:
+    """Write a group as plain data."""
+    members = []
+    for (tensor, dim), labels in slots.items():
+        owned: dict[int, list[int]] = {int(unit): [] for unit in units}
+        for index, value in enumerate(labels.tolist()):
+            if value in owned:
+                owned[value].append(index)
+        members.append(
+            Member(
+                tensor=tensor,
+                dim=dim,
+                size=len(labels),
+                indices=tuple(tuple(owned[int(unit)]) for unit in units),
+                makes=(tensor, dim) in found.producers,
+            )
+        )
+    return Group(name=name, size=len(units), members=tuple(members), units=tuple(int(unit) for unit in units))
+
+
+def _left(found: Flow, root: Array, unit: Array) -> tuple[Left, ...]:
+    """Name every layer none of whose outputs can be removed, with the reason."""
+    why = found.labels.reasons()
+    left = []
+    for tensor, dim in found.producers:
+        labels = found.tensors[tensor][dim]
+        if unit[root[labels]].any():
+            continue
+        reason = next((why[int(label)] for label in labels if int(label) in why), "its channels are one single unit")
+        left.append(Left(name=tensor.rpartition(".")[0] or tensor, reason=reason))
+    left += [
+        Left(name=op, reason=f"{kind}: an operator whose index flow is not known") for kind, op in found.unknown.items()
+    ]
+    return tuple(left)
