@@ -1,0 +1,348 @@
+"""Rounding that looks at the layer's output, not at the weight: AdaRound and GPTQ.
+
+Rounding to nearest is the best for each weight and not for the layer: with second moments ``H = Σ x xᵀ`` of
+the layer's inputs, the output error of integers ``q`` is ``Σ_rows e H eᵀ`` with ``e = w - ŵ(q)``.
+
+References: Nagel, Amjad, van Baalen, Louizos, Blankevoort 2020 (AdaRound), arXiv 2004.10568; Frantar, Ashkboos,
+Hoefler, Alistarh 2022 (GPTQ), arXiv 2210.17323.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kompakt.errors import InputError
+from kompakt.numerics.grid import dequantize, expand, fake_quantize, quantize
+from kompakt.spec import PerChannel, QuantSpec
+
+CHUNK_VALUES = 2**22
+STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1
+MOST_DAMPING = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conv:
+    """The arguments of a convolution, one value for each spatial dimension, and its groups."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        if len({len(self.kernel), len(self.stride), len(self.padding), len(self.dilation)}) != 1:
+            raise InputError(f"convolution arguments {self} differ in length; give one value for each dimension")
+
+
+def patches(x: Tensor, conv: Conv) -> Tensor:
+    """Lay out the inputs of a convolution as rows: ``(groups, positions, channels / groups · taps)``.
+
+    Args:
+        x: ``(N, channels, *spatial)``.
+        conv: the convolution.
+
+    Returns:
+        Rows whose order of columns is that of ``weight.flatten(1)``.
+
+    Raises:
+        InputError: ``x`` has not as many dimensions as the convolution.
+    """
+    dims = len(conv.kernel)
+    if x.ndim != dims + 2:
+        raise InputError(f"input of shape {tuple(x.shape)} for a {dims}-d convolution: expected {dims + 2} dimensions")
+    pad = [p for padding in reversed(conv.padding) for p in (padding, padding)]
+    seen = torch.nn.functional.pad(x, pad)
+    for dim, (kernel, stride, dilation) in enumerate(zip(conv.kernel, conv.stride, conv.dilation, strict=True), 2):
+        seen = seen.unfold(dim, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
+    seen = seen.unflatten(1, (conv.groups, -1)).movedim(1, 0)
+    # (groups, N, channels, *positions, *taps) → positions before channels
+    places = list(range(3, 3 + dims))
+    order = [0, 1, *places, 2, *range(3 + dims, 3 + 2 * dims)]
+    return seen.permute(order).flatten(2 + dims).flatten(1, 1 + dims)
+
+
+def second_moment(x: Tensor, conv: Conv | None = None) -> Tensor:
+    """Sum ``x xᵀ`` over all places where the layer applies its weight; sums of batches add up.
+
+    Args:
+        x: inputs of a linear layer, ``(…, features)``, or of a convolution, ``(N, channels, *spatial)``.
+        conv: the convolution's arguments; None for a linear layer.
+
+    Returns:
+        float32, ``(groups, k, k)`` with ``k`` the length of a row of ``weight.flatten(1)``.
+    """
+    x = x.detach().float()
+    if conv is None:
+        flat = x.reshape(-1, x.shape[-1])
+        return (flat.T @ flat)[None]
+    taps = torch.Size(conv.kernel).numel()
+    size = max(1, CHUNK_VALUES // max(1, taps * x[0].numel()))
+    width = x.shape[1] // conv.groups * taps
+    total = x.new_zeros(conv.groups, width, width)
+    for part in x.split(size):
+        columns = patches(part, conv)
+        total.baddbmm_(columns.mT, columns)
+    return total
+
+
+def output_error(w: Tensor, approximation: Tensor, hessian: Tensor) -> Tensor:
+    """Compute ``Σ_rows (w - ŵ) H (w - ŵ)ᵀ``, the summed squared error of the outputs, from second moments.
+
+    Args:
+        w: float weight, dimension 0 the output channels.
+        approximation: its dequantized integers.
+        hessian: ``(groups, k, k)``, see ``second_moment``.
+    """
+    error = (w - approximation).detach().float().reshape(hessian.shape[0], -1, hessian.shape[-1])
+    return ((error @ hessian) * error).sum()
+
+
+def gptq(
+    w: Tensor, hessian: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec, damp: float = 0.01, block: int = 128
+) -> Tensor:
+    """Round column by column, each time moving the error onto the columns still to come.
+
+    Columns go in falling order of ``H_ii``. With ``U`` the upper Cholesky factor of ``H⁻¹``, the error of
+    column ``i`` divided by ``U_ii`` is taken from the later columns in proportion to ``U_ij``; within a block at
+    once, beyond it in one product. Columns that never saw an input are rounded to nearest.
+
+    Args:
+        w: weight, dimension 0 the output channels; linear or convolution.
+        hessian: ``(groups, k, k)``, see ``second_moment``.
+        scale: of the shape that the spec's granularity asks for.
+        zero_point: same.
+        spec: the integers.
+        damp: share of the mean diagonal added to the diagonal; raised tenfold while the factorization fails.
+        block: columns in a block.
+
+    Returns:
+        Integers, int32, of the shape of ``w``.
+
+    Raises:
+        InputError: the second moments do not fit the weight, or are not finite.
+    """
+    groups, width, _ = hessian.shape
+    if w.shape[0] % groups or w[0].numel() != width:
+        raise InputError(f"second moments {tuple(hessian.shape)} do not fit a weight of shape {tuple(w.shape)}")
+    order = hessian.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+    factor = _inverse_factor(_permuted(hessian, order), damp)
+    layout = (groups, w.shape[0] // groups, width)
+    columns = order[:, None].expand(layout)
+    full = (w.detach().float(), expand(scale, w.shape, spec.granularity), expand(zero_point, w.shape, spec.granularity))
+    values, scales, zeros = (each.reshape(layout).gather(2, columns) for each in full)
+    q = _sweep(values.clone(), factor, (scales, zeros), spec, block)
+    return torch.empty_like(q).scatter_(2, columns, q).reshape(w.shape)
+
+
+def _permuted(hessian: Tensor, order: Tensor) -> Tensor:
+    by_row = hessian.float().gather(1, order[:, :, None].expand_as(hessian))
+    return by_row.gather(2, order[:, None, :].expand_as(hessian))
+
+
+def _inverse_factor(hessian: Tensor, damp: float) -> Tensor:
+    """Factor ``H⁻¹ = Uᵀ U``, with dead columns cut off and damping on the diagonal."""
+    if not bool(torch.isfinite(hessian).all()):
+        raise InputError("second moments hold NaN or infinite values; look for overflow in the layer's input")
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    mean = diagonal.mean(1, keepdim=True)
+    mean = torch.where(mean > 0, mean, 1.0)
+    dead = torch.where(diagonal > 0, 0.0, mean)
+    while damp <= MOST_DAMPING:
+        lower, failed = torch.linalg.cholesky_ex(hessian + torch.diag_embed(dead + damp * mean))
+        if not bool(failed.any()):
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not bool(failed.any()):
+                return upper
+        damp *= 10
+    raise InputError(f"second moments cannot be factored even with damping {MOST_DAMPING:g}; use more inputs")
+
+
+def _sweep(w: Tensor, upper: Tensor, grid: tuple[Tensor, Tensor], spec: QuantSpec, block: int) -> Tensor:
+    by_value = replace(spec, granularity=PerChannel())
+    q = torch.empty_like(w, dtype=torch.int32)
+    for start in range(0, w.shape[2], block):
+        end = min(start + block, w.shape[2])
+        errors = torch.zeros_like(w[:, :, start:end])
+        for i in range(start, end):
+            value = w[:, :, i]
+            params = (grid[0][:, :, i].flatten(), grid[1][:, :, i].flatten(), by_value)
+            integers = quantize(value.flatten(), *params)
+            rounded = dequantize(integers, *params).view_as(value)
+            q[:, :, i] = integers.view_as(value)
+            error = (value - rounded) / upper[:, i, i, None]
+            w[:, :, i:end] -= error[:, :, None] * upper[:, i, None, i:end]
+            errors[:, :, i - start] = error
+        w[:, :, end:] -= errors @ upper[:, start:end, end:]
+    return q
+
+
+def descend(
+    w: Tensor, q: Tensor, hessian: Tensor, params: tuple[Tensor, Tensor, QuantSpec], sweeps: int = 4, block: int = 128
+) -> Tensor:
+    """Improve integers by coordinate descent on the output error; never worse than where it starts.
+
+    Column after column is set to the best integer given all others, ``round((ŵ_i + (e H)_i / H_ii) / s)``
+    with ``e = w - ŵ``, as in Behdin et al. 2023 (QuantEase), arXiv 2309.01885; stops when a sweep changes nothing.
+
+    Args:
+        w: weight, dimension 0 the output channels.
+        q: integers to start from, of ``gptq`` or ``quantize``.
+        hessian: ``(groups, k, k)``, see ``second_moment``.
+        params: scale, zero point and spec.
+        sweeps: the most passes over all columns.
+        block: columns whose errors are updated at once.
+
+    Returns:
+        Integers, int32, of the shape of ``w``.
+    """
+    scale, zero_point, spec = params
+    layout = (hessian.shape[0], -1, hessian.shape[-1])
+    grid = tuple(expand(each, w.shape, spec.granularity).reshape(layout) for each in (scale, zero_point))
+    approximation = dequantize(q, scale, zero_point, spec).reshape(layout)
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    # Columns that never saw an input have no error to mend; an infinite curvature leaves them alone.
+    curvature = torch.where(diagonal > 0, diagonal, torch.inf)
+    slope = (w.detach().float().reshape(layout) - approximation) @ hessian
+    for _ in range(sweeps):
+        before = approximation.clone()
+        for start in range(0, w[0].numel(), block):
+            part = slice(start, min(start + block, w[0].numel()))
+            moved = _best_columns(approximation, slope[:, :, part], hessian, (curvature, *grid), (part, spec))
+            slope -= moved @ hessian[:, part]
+        if torch.equal(before, approximation):
+            break
+    return quantize(approximation.reshape(w.shape), scale, zero_point, spec)
+
+
+def _best_columns(
+    approximation: Tensor, slope: Tensor, hessian: Tensor, facts: tuple[Tensor, ...], where: tuple[slice, QuantSpec]
+) -> Tensor:
+    """Set the columns of one block in ``approximation``, each to its best; return by how much they moved."""
+    (curvature, scale, zero_point), (part, spec) = facts, where
+    by_value, slope = replace(spec, granularity=PerChannel()), slope.clone()
+    moved = torch.zeros_like(slope)
+    for i in range(part.start, part.stop):
+        at = i - part.start
+        value = approximation[:, :, i]
+        wanted = value + slope[:, :, at] / curvature[:, i, None]
+        best = fake_quantize(wanted.flatten(), scale[:, :, i].flatten(), zero_point[:, :, i].flatten(), by_value)
+        moved[:, :, at] = best.view_as(value) - value
+        slope -= moved[:, :, at, None] * hessian[:, i, None, part]
+        approximation[:, :, i] = best.view_as(value)
+    return moved
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconstruction:
+    """What a layer should do: ``layer(inputs, weight)`` should give ``targets``.
+
+    Args:
+        layer: pure function of inputs and weight, bias and what follows (a ReLU) included.
+        inputs: ``(N, …)``, as the layer will see them in the quantized model.
+        targets: ``(N, …)``, the outputs in the float model.
+    """
+
+    layer: Callable[[Tensor, Tensor], Tensor]
+    inputs: Tensor
+    targets: Tensor
+
+    def error(self, weight: Tensor, batch: int = 64) -> float:
+        """Mean over the examples of the summed squared error of the outputs."""
+        with torch.no_grad():
+            parts = zip(self.inputs.split(batch), self.targets.split(batch), strict=True)
+            total = sum(float((self.layer(x, weight) - y).double().square().sum()) for x, y in parts)
+        return total / max(len(self.inputs), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Annealing:
+    """How AdaRound searches.
+
+    Args:
+        iterations: steps of Adam.
+        batch: examples in a step, drawn with the generator.
+        learning_rate: of Adam.
+        weight: λ, of the mean over the weights of the term that pushes each up or down, beside an output
+            error whose unit is that of rounding to nearest.
+        warm: share of the iterations without that term.
+        beta: exponent of that term, from and to, along a cosine.
+    """
+
+    iterations: int = 1000
+    batch: int = 32
+    learning_rate: float = 0.03
+    weight: float = 20.0
+    warm: float = 0.2
+    beta: tuple[float, float] = (20.0, 2.0)
+
+    def beta_at(self, step: int) -> float:
+        """The exponent at a step after the warm start."""
+        start = self.warm * self.iterations
+        share = (step - start) / max(self.iterations - start, 1)
+        return self.beta[1] + (self.beta[0] - self.beta[1]) * 0.5 * (
+            1 + float(torch.cos(torch.tensor(share * torch.pi)))
+        )
+
+
+def adaround(
+    w: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    spec: QuantSpec,
+    problem: Reconstruction,
+    annealing: Annealing,
+    generator: torch.Generator,
+) -> Tensor:
+    """Learn, for every weight, whether to round down or up, so that the layer's outputs are kept.
+
+    Minimizes ``‖layer(x, ŵ) - y‖² / E + λ · mean(1 - |2h - 1|^β)`` over ``v``, where
+    ``ŵ = s · (clamp(floor(w / s) + h + z) - z)``, ``h = clamp(1.2 · sigmoid(v) - 0.1, 0, 1)`` and ``E`` is the
+    error of rounding to nearest, which makes λ free of units. At the start ``ŵ = w``; at the end
+    ``h ≥ 1/2`` rounds up. Rounding to nearest is returned where it is better on ``problem``.
+
+    Args:
+        w: weight.
+        scale: of the shape that the spec's granularity asks for.
+        zero_point: same.
+        spec: the integers.
+        problem: the layer, its inputs and targets.
+        annealing: iterations, batch, rates.
+        generator: draws the batches.
+
+    Returns:
+        Integers, int32, of the shape of ``w``.
+    """
+    nearest = quantize(w, scale, zero_point, spec)
+    start = problem.error(dequantize(nearest, scale, zero_point, spec))
+    if start == 0:
+        return nearest
+    full = [expand(each, tuple(w.shape), spec.granularity).float() for each in (scale, zero_point)]
+    grid = (torch.floor(w.detach().float() / full[0]), *full)
+    share = (w.detach().float() / full[0] - grid[0]).clamp(1e-4, 1 - 1e-4)
+    v = torch.logit((share - STRETCH_LOW) / (STRETCH_HIGH - STRETCH_LOW)).requires_grad_()
+    optimizer = torch.optim.Adam([v], lr=annealing.learning_rate)
+    for step in range(annealing.iterations):
+        picked = torch.randint(len(problem.inputs), (annealing.batch,), generator=generator)
+        optimizer.zero_grad()
+        h = _up(v)
+        output = problem.layer(problem.inputs[picked], _soft(h, grid, spec))
+        loss = (output - problem.targets[picked]).square().sum() / (annealing.batch * start)
+        if step >= annealing.warm * annealing.iterations:
+            loss = loss + annealing.weight * (1 - (2 * h - 1).abs().pow(annealing.beta_at(step))).mean()
+        loss.backward()
+        optimizer.step()
+    hard = (_up(v.detach()) >= 0.5).float()
+    learned = (grid[0] + hard + grid[2]).clamp(spec.qmin, spec.qmax).to(torch.int32)
+    return learned if problem.error(dequantize(learned, scale, zero_point, spec)) < start else nearest
+
+
+def _up(v: Tensor) -> Tensor:
+    return (torch.sigmoid(v) * (STRETCH_HIGH - STRETCH_LOW) + STRETCH_LOW).clamp(0, 1)
+
+
+def _soft(h: Tensor, grid: tuple[Tensor, ...], spec: QuantSpec) -> Tensor:
+    floor, scale, zero_point = grid
+    return scale * ((floor + h + zero_point).clamp(spec.qmin, spec.qmax) - zero_point)
