@@ -27,7 +27,7 @@ def cache_folder() -> Path | None:
     return Path(chosen) if chosen else None
 
 
-def cache_key(root: Path, paths: Sequence[Path], spec: ImageSpec, *, keep: bool) -> str:
+def cache_key(root: Path, paths: Sequence[str], spec: ImageSpec, *, keep: bool) -> str:
     """A name for the decoded form of these files: it changes when any of them does.
 
     Paths, sizes and the times of change count, and what decoding depends on; mean and std do not.
@@ -36,7 +36,7 @@ def cache_key(root: Path, paths: Sequence[Path], spec: ImageSpec, *, keep: bool)
     settings = (VERSION, keep, spec.input_size, spec.resize, spec.channels, spec.interpolation, str(root.resolve()))
     digest.update(json.dumps(settings).encode())
     for path in paths:
-        status = path.stat()
+        status = os.stat(path)
         digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}\n".encode())
     return digest.hexdigest()[:32]
 

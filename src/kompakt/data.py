@@ -139,13 +139,13 @@ def open_data(
     if ":" in reference and not Path(reference).exists():
         return _from_callable(reference)
     folder = scan_folder(Path(reference))
-    store, broken = _decoded(folder, spec, memory_bytes, progress)
-    left = _left(folder, broken, on_corrupt)
+    store, broken, note = _decoded(folder, spec, memory_bytes, progress)
+    left = _left(folder, broken, on_corrupt) + ((note,) if note else ())
     splits = _image_splits(folder, store, broken, spec)
     if "val" in splits and "test" in splits:
         return _data(folder.root.name, splits["train"], splits["val"], splits["test"], folder.classes, left)
     train, held = _hold_out(splits["train"], validation, seed)
-    return _data(folder.root.name, train, held, splits.get("test") or splits["val"], folder.classes, left)
+    return _data(folder.root.name, train, held, splits["test" if "test" in splits else "val"], folder.classes, left)
 
 
 def check_classes(data: Data, outputs: int) -> None:
@@ -189,8 +189,10 @@ def _data(
     return Data(train=train, validation=validation, test=test, classes=classes, description=description, left=left)
 
 
-def _decoded(folder: Folder, spec: ImageSpec, memory_bytes: int | None, progress: bool) -> tuple[Store, dict[int, str]]:
-    """All images of a folder, in memory or from files, and which ones are broken."""
+def _decoded(
+    folder: Folder, spec: ImageSpec, memory_bytes: int | None, progress: bool
+) -> tuple[Store, dict[int, str], str | None]:
+    """All images of a folder (in memory or from files), which ones are broken, and why they are not cached."""
     paths = tuple(path for listing in folder.splits.values() for path in listing.paths)
     limit = _free_bytes() // 4 if memory_bytes is None else memory_bytes
     keep = len(paths) * int(np.prod(spec.shape)) <= limit
@@ -198,12 +200,10 @@ def _decoded(folder: Folder, spec: ImageSpec, memory_bytes: int | None, progress
     place = cache_folder()
     key = cache_key(folder.root, paths, spec, keep=keep) if place else ""
     cached = read_cache(place, key) if place else None
-    if cached is None:
-        cached = decode_all(paths, spec, keep=keep, threads=threads, progress=progress)
-        if place:
-            write_cache(place, key, *cached)
-    images, broken = cached
-    return MemoryStore(images=images) if keep else FileStore(paths=paths, spec=spec, threads=threads), broken
+    images, broken = cached or decode_all(paths, spec, keep=keep, threads=threads, progress=progress)
+    note = write_cache(place, key, images, broken) if place and cached is None else None
+    store = MemoryStore(images=images) if keep else FileStore(paths=paths, spec=spec, threads=threads)
+    return store, broken, note
 
 
 def _free_bytes() -> int:
@@ -227,7 +227,7 @@ def _left(folder: Folder, broken: dict[int, str], on_corrupt: Corrupt) -> tuple[
     ignored = tuple(path for listing in folder.splits.values() for path in listing.ignored)
     notes = []
     if broken:
-        first = "; ".join(f"{paths[n].relative_to(folder.root)} {broken[n]}" for n in list(broken)[:SHOWN])
+        first = "; ".join(f"{Path(paths[n]).relative_to(folder.root)} {broken[n]}" for n in list(broken)[:SHOWN])
         more = f"; and {len(broken) - SHOWN} more" if len(broken) > SHOWN else ""
         count = f"{len(broken)} of {len(paths)} images"
         if on_corrupt == "refuse":
@@ -262,15 +262,18 @@ def _hold_out(split: ImageSplit, size: float | int, seed: int) -> tuple[ImageSpl
     """Split off ``size`` examples (a share below 1, or a number), class by class.
 
     Raises:
-        InputError: nothing would be left on one side.
+        InputError: nothing would be left on one side, or a class would lose all its examples.
     """
-    n = max(round(size * len(split)), 1) if isinstance(size, float) and 0 < size < 1 else int(size)
-    if not 0 < n < len(split):
+    n = max(round(size * len(split)), 1) if isinstance(size, float) else size
+    if not 0 < n < len(split) or (isinstance(size, float) and not 0 < size < 1):
         raise InputError(f"validation {size}: expected a share between 0 and 1 or a number below {len(split)}")
     chosen = stratified(split.labels, n, seed)
     rest = torch.ones(len(split), dtype=torch.bool)
     rest[chosen] = False
-    return split.take(rest.nonzero()[:, 0]), split.take(chosen)
+    kept = split.take(rest.nonzero()[:, 0])
+    if len(kept.labels.unique()) < len(split.labels.unique()):
+        raise InputError(f"validation {size}: a class would lose all its training images; take a smaller part")
+    return kept, split.take(chosen)
 
 
 def _digits(spec: ImageSpec, validation: float | int, seed: int) -> Data:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kompakt.errors import InputError
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif"})
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini"})
 SPLITS = ("train", "val", "test")
 
@@ -23,9 +23,9 @@ class Listing:
         ignored: files that are no images by their suffix.
     """
 
-    paths: tuple[Path, ...]
+    paths: tuple[str, ...]
     labels: tuple[int, ...]
-    ignored: tuple[Path, ...]
+    ignored: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,22 +66,22 @@ def scan_folder(root: Path) -> Folder:
 
 def _listing(split: Path, classes: tuple[str, ...]) -> Listing:
     """The images of every class of one split."""
-    paths: list[Path] = []
+    paths: list[str] = []
     labels: list[int] = []
-    ignored: list[Path] = []
+    ignored: list[str] = []
     for label, name in enumerate(classes):
-        files = sorted(_files(split / name))
-        images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+        files = tuple(_files(split / name))
+        images = [path for path in files if path.lower().endswith(IMAGE_SUFFIXES)]
         if not images:
             hint = f" ({len(files)} files of other kinds)" if files else ""
             raise InputError(f"{split / name}: no image in it{hint}; add some or remove the folder")
         paths += images
         labels += [label] * len(images)
-        ignored += [path for path in files if path.suffix.lower() not in IMAGE_SUFFIXES]
+        ignored += [path for path in files if not path.lower().endswith(IMAGE_SUFFIXES)]
     return Listing(paths=tuple(paths), labels=tuple(labels), ignored=tuple(ignored))
 
 
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
+def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
     """The entries of a folder that are not hidden, by name."""
     try:
         with os.scandir(folder) as entries:
@@ -96,16 +96,16 @@ def _folders(folder: Path) -> tuple[str, ...]:
     return tuple(entry.name for entry in _entries(folder) if entry.is_dir())
 
 
-def _files(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
-    """All files below a folder; links are followed, but not in circles."""
+def _files(folder: str | Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
+    """All files below a folder, in order of name; links are followed, but not in circles."""
     for entry in _entries(folder):
         if entry.is_dir():
             status = entry.stat()
             place = (status.st_dev, status.st_ino)
             if place not in above:
-                yield from _files(Path(entry.path), (*above, place))
+                yield from _files(entry.path, (*above, place))
         else:
-            yield Path(entry.path)
+            yield entry.path
 
 
 def _layout(root: Path, found: list[str]) -> str:
@@ -135,8 +135,8 @@ def _difference(root: Path, split: str, train: tuple[str, ...], other: tuple[str
     return f"{root}: the classes of train/ and {split}/ differ: {', '.join(parts)}; both need the same folders"
 
 
-def summary(paths: tuple[Path, ...], root: Path) -> str:
+def summary(paths: tuple[str, ...], root: Path) -> str:
     """Name the kinds of some files and one of them: ``3 .txt, 1 .heic, e.g. train/cat/notes.txt``."""
-    kinds = Counter(path.suffix or "without a suffix" for path in paths)
+    kinds = Counter(Path(path).suffix or "without a suffix" for path in paths)
     counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(3))
-    return f"{counts}, e.g. {paths[0].relative_to(root)}"
+    return f"{counts}, e.g. {Path(paths[0]).relative_to(root)}"

@@ -96,7 +96,7 @@ class MemoryStore:
 class FileStore:
     """Images that are decoded when they are asked for, one chunk ahead, by a pool of threads."""
 
-    paths: tuple[Path, ...]
+    paths: tuple[str, ...]
     spec: ImageSpec
     threads: int
 
@@ -204,7 +204,7 @@ def stratified(labels: Tensor, n: int, seed: int) -> Tensor:
     return torch.cat(chosen).sort().values if chosen else torch.empty(0, dtype=torch.long)
 
 
-def decode(path: Path, spec: ImageSpec) -> np.ndarray:
+def decode(path: str | Path, spec: ImageSpec) -> np.ndarray:
     """Read one image file as uint8 C×H×W: convert, resize the shorter side, crop the centre.
 
     As in torchvision's folders, the rotation that a camera notes in EXIF is not applied.
@@ -221,7 +221,7 @@ def to_array(image: Image.Image, spec: ImageSpec) -> np.ndarray:
 
 
 def decode_all(
-    paths: Sequence[Path], spec: ImageSpec, *, keep: bool, threads: int, progress: bool
+    paths: Sequence[str], spec: ImageSpec, *, keep: bool, threads: int, progress: bool
 ) -> tuple[Tensor, dict[int, str]]:
     """Decode every file, with a pool of threads.
 

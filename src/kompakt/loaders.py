@@ -81,7 +81,10 @@ class LoaderSplit:
         seed = int(torch.randint(2**62, (), generator=generator)) if shuffle else self.seed
         limits = [limit for limit in (limit, self.count) if limit is not None]
         pairs = (_pair(item, self.name) for item in _isolated(self.loader, seed, self.name))
-        for inputs, labels in _cut(pairs, batch_size, min(limits) if limits else None):
+        first = next(pairs, None)
+        if first is None:
+            raise InputError(f"{self.name}: yields nothing; expected at least one batch of (inputs, labels)")
+        for inputs, labels in _cut(chain([first], pairs), batch_size, min(limits) if limits else None):
             if augment is not None:
                 assert generator is not None
                 inputs = augment(inputs, generator)
@@ -160,24 +163,22 @@ def _isolated(loader: Iterable[object], seed: int, name: str) -> Iterator[object
 
 
 def _pair(item: object, name: str) -> tuple[Tensor, Tensor]:
-    """Check one batch of a loader; whole-number labels become int64."""
+    """Check one batch of a loader; real inputs become float32 and whole-number labels int64."""
     if not (isinstance(item, list | tuple) and len(item) == 2 and all(isinstance(part, Tensor) for part in item)):
         raise InputError(f"{name}: yields {_kind(item)}, expected (inputs, labels), two tensors")
     inputs, labels = item
     if inputs.ndim == 0 or labels.ndim == 0 or len(inputs) != len(labels):
         shapes = f"{tuple(inputs.shape)} and {tuple(labels.shape)}"
         raise InputError(f"{name}: yields inputs and labels of shapes {shapes}, expected as many of each")
+    inputs = inputs.to(torch.float32) if inputs.is_floating_point() else inputs
     return inputs, labels if labels.is_floating_point() else labels.long()
 
 
-def _cut(pairs: Iterator[tuple[Tensor, Tensor]], size: int, limit: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+def _cut(pairs: Iterable[tuple[Tensor, Tensor]], size: int, limit: int | None) -> Iterator[tuple[Tensor, Tensor]]:
     """Cut a stream of batches anew into batches of ``size`` examples, ``limit`` in all."""
-    first = next(pairs, None)
-    if first is None:
-        raise InputError("the loader yields nothing; expected at least one batch of (inputs, labels)")
     held: list[tuple[Tensor, Tensor]] = []
     left = limit
-    for inputs, labels in chain([first], pairs):
+    for inputs, labels in pairs:
         if left is not None:
             inputs, labels = inputs[:left], labels[:left]
             left -= len(labels)

@@ -52,7 +52,7 @@ def load_model(
         MissingExtraError: timm is asked for and not installed.
         ModelError: what was built is not a usable module, or a weight is not finite.
     """
-    model = _usable(reference, _build(reference, dict(arguments)))
+    model = _usable(reference, _build(reference, dict(arguments), fresh=weights is None))
     if weights is not None:
         load_weights(model, weights, name=reference)
     check_finite(model, where=reference if weights is None else str(weights))
@@ -90,10 +90,10 @@ def _literal(text: str) -> object:
         return text
 
 
-def _build(reference: str, arguments: dict[str, object]) -> object:
-    """Call what the reference names; the result is not checked yet."""
+def _build(reference: str, arguments: dict[str, object], *, fresh: bool) -> object:
+    """Call what the reference names; the result is not checked yet. ``fresh``: its first values count."""
     if reference.startswith("torchvision/"):
-        return _torchvision(reference, arguments)
+        return _torchvision(reference, arguments, fresh=fresh)
     if reference.startswith("timm/"):
         return _timm(reference, arguments)
     if ":" not in reference:
@@ -107,7 +107,7 @@ def _build(reference: str, arguments: dict[str, object]) -> object:
     return call(found, reference, arguments)
 
 
-def _torchvision(reference: str, arguments: dict[str, object]) -> object:
+def _torchvision(reference: str, arguments: dict[str, object], *, fresh: bool) -> object:
     """Build a model of torchvision's list, without weights."""
     from torchvision import models
 
@@ -116,14 +116,11 @@ def _torchvision(reference: str, arguments: dict[str, object]) -> object:
         raise InputError(f"{reference}: torchvision has no model {name}{nearest(name, models.list_models())}")
     _refuse_downloads(reference, arguments)
     builder = models.get_model_builder(name)
-    # A detector's backbone would be downloaded by default.
-    given = {"weights": None} | {
-        key: value
-        for key, value in (("weights_backbone", None), ("init_weights", True))
-        if key in inspect.signature(builder).parameters
-    }
+    given: dict[str, object] = {"weights": None}
+    if "weights_backbone" in inspect.signature(builder).parameters:
+        given["weights_backbone"] = None  # the default of a detector downloads its backbone
     if name in ("googlenet", "inception_v3"):
-        given["init_weights"] = True  # the default, which they warn about when it is left out
+        given["init_weights"] = fresh  # takes them ten seconds; they warn when it is left out
     return call(builder, reference, given | arguments)
 
 
@@ -142,7 +139,7 @@ def _timm(reference: str, arguments: dict[str, object]) -> object:
 
 def _refuse_downloads(reference: str, arguments: Mapping[str, object]) -> None:
     """Refuse arguments that would make a library fetch weights."""
-    for name in DOWNLOADS & set(arguments):
+    for name in sorted(name for name in DOWNLOADS & set(arguments) if arguments[name]):
         raise InputError(f"{reference}: {name} cannot be set, nothing is downloaded; give a file with --weights")
 
 
@@ -170,7 +167,7 @@ def _usable(reference: str, model: object) -> nn.Module:
         ModelError: it is something else, or has tensors without values.
     """
     if not isinstance(model, nn.Module):
-        raise ModelError(f"{reference}: returned a {type(model).__name__}, expected a torch.nn.Module")
+        raise ModelError(f"{reference}: returned {type(model).__name__}, expected a torch.nn.Module")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if nn.parameter.is_lazy(tensor):
             raise ModelError(f"{reference}: {name} is lazy; run the model once on an example before returning it")

@@ -26,13 +26,9 @@ def track(items: Iterable[T], total: int, title: str, *, show: bool = True) -> I
         return
     started, done = time.monotonic(), 0
     iterator = iter(items)
-    for item in iterator:
-        yield item
+    while time.monotonic() - started < PATIENCE_S and done < total:
+        yield next(iterator)
         done += 1
-        if time.monotonic() - started > PATIENCE_S:
-            break
-    with Progress(console=Console(stderr=True), transient=True, disable=done >= total) as bar:
-        task = bar.add_task(title, total=total, completed=done)
-        for item in iterator:
-            yield item
-            bar.advance(task)
+    if done < total:
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            yield from bar.track(iterator, total, completed=done, description=title)

@@ -36,6 +36,8 @@ def load_weights(model: nn.Module, path: str | Path, *, name: str = "the model")
     own = model.state_dict(keep_vars=True)
     found = _without_prefixes(read_weights(path), own)
     found |= {key: found[first] for key, first in _aliases(own).items() if key not in found and first in found}
+    # A counter that evaluation never reads; old checkpoints lack it.
+    found = {key: own[key].detach() for key in own if key.endswith("num_batches_tracked")} | found
     line = _mismatch(found, own)
     if line:
         raise InputError(f"{path}: does not fit {name}: {line}")
@@ -197,12 +199,18 @@ def _mismatch(found: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
     """Say in one line how the names and shapes of a file differ from the model's; empty if they do not."""
     missing = [key for key in own if key not in found]
     unexpected = [key for key in found if key not in own]
-    other = [key for key in own if key in found and found[key].shape != own[key].shape]
-    shapes = [f"{key} is {_size(found[key])} in the file and {_size(own[key])} in the model" for key in other]
+    other = [key for key in own if key in found and _size(found[key]) != _size(own[key])]
+    sizes = [f"{key} is {_size(found[key])} in the file and {_size(own[key])} in the model" for key in other]
     parts = [_some(len(missing), "missing", missing), _some(len(unexpected), "unexpected", unexpected)]
-    parts.append(_some(len(other), "of another shape", shapes))
-    hints = [key for key in other if found[key].ndim in (1, 2) and found[key].shape[1:] == own[key].shape[1:]]
-    hint = f"; try --model-arg num_classes={found[hints[-1]].shape[0]}" if hints and len(other) <= SHOWN else ""
+    parts.append(_some(len(other), "of another size", sizes))
+    # Only the first dimension of a few tensors differs, and alike: a classifier for other classes.
+    classes = {tuple(found[key].shape[:1]) for key in other}
+    last = all(found[key].shape[1:] == own[key].shape[1:] for key in other)
+    hint = (
+        f"; try --model-arg num_classes={found[other[0]].shape[0]}"
+        if last and len(classes) == 1 and any(classes)
+        else ""
+    )
     return ", ".join(part for part in parts if part) + hint
 
 
@@ -213,8 +221,9 @@ def _some(count: int, kind: str, names: list[str]) -> str:
 
 
 def _size(tensor: Tensor) -> str:
-    """A shape for a person: ``64×3×7×7``."""
-    return "×".join(str(size) for size in tensor.shape) or "a scalar"
+    """A shape for a person, ``64×3×7×7``; the kind of number is added where it is not a real one."""
+    shape = "×".join(str(size) for size in tensor.shape) or "a single value"
+    return shape if tensor.is_floating_point() else f"{shape} ({str(tensor.dtype).removeprefix('torch.')})"
 
 
 def _ordered(data: bytes) -> bytes:
