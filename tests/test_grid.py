@@ -21,6 +21,7 @@ from kompakt.numerics.grid import (
     param_shape,
     quantize,
     rows,
+    saturation_bounds,
     saturation_free,
     saturation_scale,
     scale_for_bias,
@@ -317,6 +318,27 @@ def test_saturation_scale_per_tensor_and_refusals() -> None:
     assert torch.equal(saturation_scale(w, QuantSpec(bits=7)), params(w, QuantSpec(bits=7))[0])
     with pytest.raises(InputError, match="symmetric signed"):
         saturation_scale(w, QuantSpec(signed=False))
+
+
+def test_saturation_scale_follows_the_channels_of_the_spec() -> None:
+    w, spec = weight().movedim(0, 1).contiguous(), QuantSpec(granularity=PerChannel(axis=1))
+    scale, zero = saturation_scale(w, spec), torch.zeros(6, dtype=torch.int32)
+    assert bool(saturation_free(quantize(w, scale, zero, spec), axis=1).all())
+    assert torch.equal(scale, saturation_scale(weight(), QuantSpec(granularity=PerChannel())))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_any_integers_within_the_bounds_are_free_of_saturation(axis: int) -> None:
+    generator = torch.Generator().manual_seed(6)
+    w = torch.randn(8, 30, generator=generator) * torch.linspace(0.1, 1, 8)[:, None]
+    w[::2, 4] *= 9
+    spec = QuantSpec(granularity=PerChannel())
+    q = quantize(w, saturation_scale(w, spec), torch.zeros(8, dtype=torch.int32), spec)
+    q = q if axis == 0 else q.T
+    low, high = saturation_bounds(q, axis)
+    assert bool((low <= q).all() and (q <= high).all())
+    assert bool(saturation_free(low, axis).all() and saturation_free(high, axis).all())
+    assert bool((high - low >= 64).all())
 
 
 def test_bias_fits_int32_after_its_scale_is_raised() -> None:

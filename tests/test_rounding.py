@@ -9,19 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kompakt.errors import InputError
-from kompakt.numerics.grid import affine_params, dequantize, quantize
+from kompakt.numerics.grid import affine_params, dequantize, quantize, saturation_free, saturation_scale
+from kompakt.numerics.moments import Conv, output_error, patches, second_moment
 from kompakt.numerics.ranges import weight_range
-from kompakt.numerics.rounding import (
-    Annealing,
-    Conv,
-    Reconstruction,
-    adaround,
-    descend,
-    gptq,
-    output_error,
-    patches,
-    second_moment,
-)
+from kompakt.numerics.rounding import Annealing, Reconstruction, adaround, descend, gptq
 from kompakt.spec import PerChannel, PerGroup, PerTensor, QuantSpec
 
 CONVS = (
@@ -256,3 +247,21 @@ def test_annealing_falls_from_the_first_exponent_to_the_last() -> None:
     assert betas[0] == pytest.approx(20)
     assert betas[-1] == pytest.approx(2)
     assert betas == sorted(betas, reverse=True)
+
+
+def test_integers_stay_free_of_saturation_where_the_spec_asks_it() -> None:
+    x, _, w, conv = layer("conv")
+    w[:, 0, 0, 0] *= 8
+    spec = QuantSpec(granularity=PerChannel(), saturation_free=True)
+    scale, zero_point = saturation_scale(w, spec), torch.zeros(16, dtype=torch.int32)
+    params, hessian = (scale, zero_point, spec), second_moment(x, conv)
+    nearest = quantize(w, *params)
+    swept = gptq(w, hessian, *params)
+    learned = adaround(w, *params, problem(x, w, conv), Annealing(iterations=60), torch.Generator().manual_seed(0))
+    for q in (nearest, swept, descend(w, swept, hessian, params), learned):
+        assert bool(saturation_free(q).all())
+        assert int(q.abs().max()) > 64, "the larger integer of a pair may pass 7 bits"
+    errors = [output_error(w, dequantize(q, *params), hessian) for q in (nearest, swept)]
+    assert float(errors[1]) < 0.8 * float(errors[0])
+    unbound = QuantSpec(granularity=PerChannel())
+    assert not bool(saturation_free(gptq(w * 1.5, hessian, scale, zero_point, unbound)).all())

@@ -23,7 +23,6 @@ SMALLEST_SCALE = 2.0**-60
 ZERO_RANGE_SCALE = 2.0**-16
 LARGEST_FLOAT = torch.finfo(torch.float32).max
 INT16_MAX = 32767
-INT32_MAX = 2**31 - 1
 
 
 def param_shape(shape: tuple[int, ...], granularity: Granularity) -> tuple[int, ...]:
@@ -51,16 +50,20 @@ def expand(param: Tensor, shape: tuple[int, ...], granularity: Granularity) -> T
     Raises:
         InputError: ``param`` has not the shape that ``param_shape`` gives.
     """
-    shape = tuple(shape)
+    return _broadcastable(param, tuple(shape), granularity).expand(tuple(shape))
+
+
+def _broadcastable(param: Tensor, shape: tuple[int, ...], granularity: Granularity) -> Tensor:
+    """View ``param`` so that it broadcasts against ``shape``, with as few values as can be."""
     expected = param_shape(shape, granularity)
     if tuple(param.shape) != expected:
         raise InputError(f"scale of shape {tuple(param.shape)} for a tensor of shape {shape}: expected {expected}")
     if isinstance(granularity, PerTensor):
-        return param.expand(shape)
+        return param
     if isinstance(granularity, PerChannel):
         spread = [1] * len(shape)
         spread[granularity.axis] = -1
-        return param.view(spread).expand(shape)
+        return param.view(spread)
     return param[:, :, None].expand(*expected, granularity.size).reshape(shape)
 
 
@@ -134,23 +137,26 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> T
 
 def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
     """Return ``scale · (q - zero_point)`` as float32."""
-    shape, granularity = tuple(q.shape), spec.granularity
-    steps = q.to(torch.int32) - expand(zero_point, shape, granularity)
-    return steps.float() * expand(scale, shape, granularity)
+    scale, zero_point = _ready(q, scale, zero_point, spec)
+    return (q.to(torch.int32) - zero_point).float() * scale
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
     """Return ``dequantize(quantize(x))``, bit for bit, without leaving floats; no gradient passes."""
-    shape, granularity = tuple(x.shape), spec.granularity
     steps = _steps(x, scale, zero_point, spec)
-    return steps.sub_(expand(zero_point.detach(), shape, granularity)).mul_(expand(scale.detach(), shape, granularity))
+    scale, zero_point = _ready(x, scale, zero_point, spec)
+    return steps.sub_(zero_point).mul_(scale)
+
+
+def _ready(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    shape, granularity = tuple(x.shape), spec.granularity
+    return _broadcastable(scale.detach(), shape, granularity), _broadcastable(zero_point.detach(), shape, granularity)
 
 
 def _steps(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
-    shape, granularity = tuple(x.shape), spec.granularity
-    steps = x.detach().float() / expand(scale.detach(), shape, granularity)
+    scale, zero_point = _ready(x, scale, zero_point, spec)
     # Adding the zero point, even 0, turns -0.0 into 0.0 as the way over integers does.
-    return steps.round_().add_(expand(zero_point.detach(), shape, granularity)).clamp_(spec.qmin, spec.qmax)
+    return (x.detach().float() / scale).round_().add_(zero_point).clamp_(spec.qmin, spec.qmax)
 
 
 def ste_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
@@ -181,9 +187,9 @@ def lsq_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec, 
         The values of ``fake_quantize``, float32, of the shape of ``x``.
     """
     shape, granularity = tuple(x.shape), spec.granularity
-    full = expand(scale, shape, granularity)
-    offset = expand(zero_point.float(), shape, granularity)
-    return _LearnedStep.apply(x.float(), full, offset, spec, grad_scale)
+    spread = _broadcastable(scale, shape, granularity)
+    offset = _broadcastable(zero_point.float(), shape, granularity)
+    return _LearnedStep.apply(x.float(), spread, offset, spec, grad_scale)
 
 
 def lsq_grad_scale(values: int, spec: QuantSpec) -> float:
@@ -192,15 +198,14 @@ def lsq_grad_scale(values: int, spec: QuantSpec) -> float:
 
 
 class _LearnedStep(torch.autograd.Function):
-    """The gradient of ``lsq_quantize``; the caller's ``expand`` sums it over the values of each scale."""
+    """The forward and backward of ``lsq_quantize``, for a scale and offset that broadcast against ``x``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, offset: Tensor, spec: QuantSpec, grad_scale: float) -> Tensor:
         zero_point = offset.round().clamp_(spec.qmin, spec.qmax)
         ctx.save_for_backward(x, scale, zero_point)
         ctx.spec, ctx.grad_scale = spec, grad_scale
-        steps = torch.round(x / scale).add_(zero_point).clamp_(spec.qmin, spec.qmax)
-        return steps.sub_(zero_point).mul_(scale)
+        return (x / scale).round_().add_(zero_point).clamp_(spec.qmin, spec.qmax).sub_(zero_point).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -212,9 +217,11 @@ class _LearnedStep(torch.autograd.Function):
         for_scale, for_offset = None, None
         if ctx.needs_input_grad[1]:
             ends = torch.where(value < low, low, high)
-            for_scale = grad * torch.where(inside, value.round() - value, ends) * ctx.grad_scale
+            slope = torch.where(inside, value.round() - value, ends)
+            for_scale = (grad * slope).sum_to_size(scale.shape) * ctx.grad_scale
         if ctx.needs_input_grad[2]:
-            for_offset = torch.where(inside, 0.0, grad * -scale) * ctx.grad_scale
+            outside = torch.where(inside, 0.0, grad * -scale)
+            for_offset = outside.sum_to_size(zero_point.shape) * ctx.grad_scale
         return grad * inside, for_scale, for_offset, None, None
 
 
@@ -250,7 +257,7 @@ def saturation_free(q: Tensor, axis: int = 0, activation_max: int = 255) -> Tens
     return (positive * activation_max <= INT16_MAX) & (negative * activation_max >= -INT16_MAX - 1)
 
 
-def saturation_scale(w: Tensor, spec: QuantSpec, scale: Tensor | None = None, axis: int = 0) -> Tensor:
+def saturation_scale(w: Tensor, spec: QuantSpec, scale: Tensor | None = None, axis: int | None = None) -> Tensor:
     """Find the smallest scales, no smaller than ``scale``, whose integers cannot saturate int16.
 
     Finer than 7-bit weights: a channel with one large weight keeps 8 bits. ``round(w / s)`` falls in
@@ -258,9 +265,9 @@ def saturation_scale(w: Tensor, spec: QuantSpec, scale: Tensor | None = None, ax
 
     Args:
         w: float weight.
-        spec: symmetric, signed, per tensor or per channel of ``axis``.
+        spec: symmetric, signed, per tensor or per output channel.
         scale: the scale wanted otherwise, ``()`` or ``(channels,)``; by default the one that clips nothing.
-        axis: the dimension of the output channels.
+        axis: the dimension of the output channels; by default the spec's, or 0 for one scale per tensor.
 
     Returns:
         float32 of the shape of ``scale``.
@@ -270,6 +277,8 @@ def saturation_scale(w: Tensor, spec: QuantSpec, scale: Tensor | None = None, ax
     """
     if not (spec.symmetric and spec.signed) or isinstance(spec.granularity, PerGroup):
         raise InputError("a scale without saturation needs symmetric signed weights, per channel or per tensor")
+    if axis is None:
+        axis = spec.granularity.axis if isinstance(spec.granularity, PerChannel) else 0
     flat = rows(w.detach().float(), PerChannel(axis=axis))
     if scale is None:
         low, high = flat.aminmax(dim=1) if isinstance(spec.granularity, PerChannel) else flat.aminmax()
@@ -279,6 +288,32 @@ def saturation_scale(w: Tensor, spec: QuantSpec, scale: Tensor | None = None, ax
     least = scale.float().expand(flat.shape[0])
     found = _smallest(ends, least, spec)
     return found if scale.ndim else found.max()
+
+
+def saturation_bounds(q: Tensor, axis: int = 0) -> tuple[Tensor, Tensor]:
+    """Bound every integer so that a channel stays free of saturation however its integers are rounded anew.
+
+    The largest of a channel may stay above half of the pair's limit; the others keep to the rest.
+
+    Args:
+        q: integers that are free of saturation, see ``saturation_scale``.
+        axis: the dimension of the output channels.
+
+    Returns:
+        Lowest and highest allowed integer, int32, of the shape of ``q``.
+    """
+    limit = INT16_MAX // 255
+    flat = q.to(torch.int32).movedim(axis, 0)
+    low, high = -_room(-flat, limit), _room(flat, limit)
+    return low.movedim(0, axis), high.movedim(0, axis)
+
+
+def _room(q: Tensor, limit: int) -> Tensor:
+    flat = q.flatten(1)
+    top, place = flat.max(1, keepdim=True)
+    most = top.clamp(min=limit // 2)
+    room = (limit - most).expand_as(flat).scatter(1, place, most)
+    return room.to(torch.int32).view_as(q)
 
 
 def _smallest(ends: Tensor, least: Tensor, spec: QuantSpec) -> Tensor:

@@ -1,103 +1,26 @@
 """Rounding that looks at the layer's output, not at the weight: AdaRound and GPTQ.
 
 Rounding to nearest is the best for each weight and not for the layer: with second moments ``H = Σ x xᵀ`` of
-the layer's inputs, the output error of integers ``q`` is ``Σ_rows e H eᵀ`` with ``e = w - ŵ(q)``.
+the layer's inputs (``kompakt.numerics.moments``), the output error of integers ``q`` is ``Σ_rows e H eᵀ`` with
+``e = w - ŵ(q)``. Where the spec asks for integers without int16 saturation, all keep to ``saturation_bounds``.
 
 References: Nagel, Amjad, van Baalen, Louizos, Blankevoort 2020 (AdaRound), arXiv 2004.10568; Frantar, Ashkboos,
 Hoefler, Alistarh 2022 (GPTQ), arXiv 2210.17323.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kompakt.errors import InputError
-from kompakt.numerics.grid import dequantize, expand, fake_quantize, quantize
-from kompakt.spec import PerChannel, QuantSpec
+from kompakt.numerics.grid import dequantize, expand, quantize, saturation_bounds
+from kompakt.spec import QuantSpec
 
-CHUNK_VALUES = 2**22
 STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1
 MOST_DAMPING = 10.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Conv:
-    """The arguments of a convolution, one value for each spatial dimension, and its groups."""
-
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int = 1
-
-    def __post_init__(self) -> None:
-        if len({len(self.kernel), len(self.stride), len(self.padding), len(self.dilation)}) != 1:
-            raise InputError(f"convolution arguments {self} differ in length; give one value for each dimension")
-
-
-def patches(x: Tensor, conv: Conv) -> Tensor:
-    """Lay out the inputs of a convolution as rows: ``(groups, positions, channels / groups · taps)``.
-
-    Args:
-        x: ``(N, channels, *spatial)``.
-        conv: the convolution.
-
-    Returns:
-        Rows whose order of columns is that of ``weight.flatten(1)``.
-
-    Raises:
-        InputError: ``x`` has not as many dimensions as the convolution.
-    """
-    dims = len(conv.kernel)
-    if x.ndim != dims + 2:
-        raise InputError(f"input of shape {tuple(x.shape)} for a {dims}-d convolution: expected {dims + 2} dimensions")
-    pad = [p for padding in reversed(conv.padding) for p in (padding, padding)]
-    seen = torch.nn.functional.pad(x, pad)
-    for dim, (kernel, stride, dilation) in enumerate(zip(conv.kernel, conv.stride, conv.dilation, strict=True), 2):
-        seen = seen.unfold(dim, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
-    seen = seen.unflatten(1, (conv.groups, -1)).movedim(1, 0)
-    # (groups, N, channels, *positions, *taps) → positions before channels
-    places = list(range(3, 3 + dims))
-    order = [0, 1, *places, 2, *range(3 + dims, 3 + 2 * dims)]
-    return seen.permute(order).flatten(2 + dims).flatten(1, 1 + dims)
-
-
-def second_moment(x: Tensor, conv: Conv | None = None) -> Tensor:
-    """Sum ``x xᵀ`` over all places where the layer applies its weight; sums of batches add up.
-
-    Args:
-        x: inputs of a linear layer, ``(…, features)``, or of a convolution, ``(N, channels, *spatial)``.
-        conv: the convolution's arguments; None for a linear layer.
-
-    Returns:
-        float32, ``(groups, k, k)`` with ``k`` the length of a row of ``weight.flatten(1)``.
-    """
-    x = x.detach().float()
-    if conv is None:
-        flat = x.reshape(-1, x.shape[-1])
-        return (flat.T @ flat)[None]
-    taps = torch.Size(conv.kernel).numel()
-    size = max(1, CHUNK_VALUES // max(1, taps * x[0].numel()))
-    width = x.shape[1] // conv.groups * taps
-    total = x.new_zeros(conv.groups, width, width)
-    for part in x.split(size):
-        columns = patches(part, conv)
-        total.baddbmm_(columns.mT, columns)
-    return total
-
-
-def output_error(w: Tensor, approximation: Tensor, hessian: Tensor) -> Tensor:
-    """Compute ``Σ_rows (w - ŵ) H (w - ŵ)ᵀ``, the summed squared error of the outputs, from second moments.
-
-    Args:
-        w: float weight, dimension 0 the output channels.
-        approximation: its dequantized integers.
-        hessian: ``(groups, k, k)``, see ``second_moment``.
-    """
-    error = (w - approximation).detach().float().reshape(hessian.shape[0], -1, hessian.shape[-1])
-    return ((error @ hessian) * error).sum()
 
 
 def gptq(
@@ -131,9 +54,8 @@ def gptq(
     factor = _inverse_factor(_permuted(hessian, order), damp)
     layout = (groups, w.shape[0] // groups, width)
     columns = order[:, None].expand(layout)
-    full = (w.detach().float(), expand(scale, w.shape, spec.granularity), expand(zero_point, w.shape, spec.granularity))
-    values, scales, zeros = (each.reshape(layout).gather(2, columns) for each in full)
-    q = _sweep(values.clone(), factor, (scales, zeros), spec, block)
+    facts = (each.reshape(layout).gather(2, columns) for each in _facts(w, scale, zero_point, spec))
+    q = _sweep(w.detach().float().reshape(layout).gather(2, columns), factor, _Grid(*facts), block)
     return torch.empty_like(q).scatter_(2, columns, q).reshape(w.shape)
 
 
@@ -160,18 +82,38 @@ def _inverse_factor(hessian: Tensor, damp: float) -> Tensor:
     raise InputError(f"second moments cannot be factored even with damping {MOST_DAMPING:g}; use more inputs")
 
 
-def _sweep(w: Tensor, upper: Tensor, grid: tuple[Tensor, Tensor], spec: QuantSpec, block: int) -> Tensor:
-    by_value = replace(spec, granularity=PerChannel())
+class _Grid(NamedTuple):
+    """Scale, zero point, lowest and highest integer of every weight, ``(groups, rows, columns)``."""
+
+    scale: Tensor
+    zero_point: Tensor
+    low: Tensor
+    high: Tensor
+
+    def column(self, values: Tensor, i: int) -> tuple[Tensor, Tensor]:
+        """Round the values of column ``i``; return integers and what they stand for."""
+        scale, zero_point = self.scale[:, :, i], self.zero_point[:, :, i]
+        q = (torch.round(values / scale) + zero_point).clamp(self.low[:, :, i], self.high[:, :, i])
+        return q.to(torch.int32), (q - zero_point) * scale
+
+
+def _facts(w: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> tuple[Tensor, ...]:
+    """Return scale, zero point, lowest and highest integer of every weight, as floats of its shape."""
+    shape = tuple(w.shape)
+    params = tuple(expand(each, shape, spec.granularity).float() for each in (scale, zero_point))
+    if not spec.saturation_free:
+        return *params, torch.full_like(params[0], spec.qmin), torch.full_like(params[0], spec.qmax)
+    return *params, *(bound.float() for bound in saturation_bounds(quantize(w, scale, zero_point, spec)))
+
+
+def _sweep(w: Tensor, upper: Tensor, grid: _Grid, block: int) -> Tensor:
     q = torch.empty_like(w, dtype=torch.int32)
     for start in range(0, w.shape[2], block):
         end = min(start + block, w.shape[2])
         errors = torch.zeros_like(w[:, :, start:end])
         for i in range(start, end):
             value = w[:, :, i]
-            params = (grid[0][:, :, i].flatten(), grid[1][:, :, i].flatten(), by_value)
-            integers = quantize(value.flatten(), *params)
-            rounded = dequantize(integers, *params).view_as(value)
-            q[:, :, i] = integers.view_as(value)
+            q[:, :, i], rounded = grid.column(value, i)
             error = (value - rounded) / upper[:, i, i, None]
             w[:, :, i:end] -= error[:, :, None] * upper[:, i, None, i:end]
             errors[:, :, i - start] = error
@@ -200,7 +142,7 @@ def descend(
     """
     scale, zero_point, spec = params
     layout = (hessian.shape[0], -1, hessian.shape[-1])
-    grid = tuple(expand(each, w.shape, spec.granularity).reshape(layout) for each in (scale, zero_point))
+    grid = _Grid(*(each.reshape(layout) for each in _facts(w, scale, zero_point, spec)))
     approximation = dequantize(q, scale, zero_point, spec).reshape(layout)
     diagonal = hessian.diagonal(dim1=1, dim2=2)
     # Columns that never saw an input have no error to mend; an infinite curvature leaves them alone.
@@ -210,7 +152,8 @@ def descend(
         before = approximation.clone()
         for start in range(0, w[0].numel(), block):
             part = slice(start, min(start + block, w[0].numel()))
-            moved = _best_columns(approximation, slope[:, :, part], hessian, (curvature, *grid), (part, spec))
+            inside = hessian[:, part, part]
+            moved = _best_columns(approximation, slope[:, :, part].clone(), inside, curvature, grid, start)
             slope -= moved @ hessian[:, part]
         if torch.equal(before, approximation):
             break
@@ -218,20 +161,16 @@ def descend(
 
 
 def _best_columns(
-    approximation: Tensor, slope: Tensor, hessian: Tensor, facts: tuple[Tensor, ...], where: tuple[slice, QuantSpec]
+    approximation: Tensor, slope: Tensor, inside: Tensor, curvature: Tensor, grid: _Grid, start: int
 ) -> Tensor:
     """Set the columns of one block in ``approximation``, each to its best; return by how much they moved."""
-    (curvature, scale, zero_point), (part, spec) = facts, where
-    by_value, slope = replace(spec, granularity=PerChannel()), slope.clone()
     moved = torch.zeros_like(slope)
-    for i in range(part.start, part.stop):
-        at = i - part.start
-        value = approximation[:, :, i]
-        wanted = value + slope[:, :, at] / curvature[:, i, None]
-        best = fake_quantize(wanted.flatten(), scale[:, :, i].flatten(), zero_point[:, :, i].flatten(), by_value)
-        moved[:, :, at] = best.view_as(value) - value
-        slope -= moved[:, :, at, None] * hessian[:, i, None, part]
-        approximation[:, :, i] = best.view_as(value)
+    for at in range(slope.shape[2]):
+        value = approximation[:, :, start + at].clone()
+        _, best = grid.column(value + slope[:, :, at] / curvature[:, start + at, None], start + at)
+        moved[:, :, at] = best - value
+        slope -= moved[:, :, at, None] * inside[:, at, None]
+        approximation[:, :, start + at] = best
     return moved
 
 
@@ -319,23 +258,23 @@ def adaround(
     start = problem.error(dequantize(nearest, scale, zero_point, spec))
     if start == 0:
         return nearest
-    full = [expand(each, tuple(w.shape), spec.granularity).float() for each in (scale, zero_point)]
-    grid = (torch.floor(w.detach().float() / full[0]), *full)
-    share = (w.detach().float() / full[0] - grid[0]).clamp(1e-4, 1 - 1e-4)
+    grid = _Grid(*_facts(w, scale, zero_point, spec))
+    steps = w.detach().float() / grid.scale
+    share = (steps - steps.floor()).clamp(1e-4, 1 - 1e-4)
     v = torch.logit((share - STRETCH_LOW) / (STRETCH_HIGH - STRETCH_LOW)).requires_grad_()
     optimizer = torch.optim.Adam([v], lr=annealing.learning_rate)
     for step in range(annealing.iterations):
         picked = torch.randint(len(problem.inputs), (annealing.batch,), generator=generator)
         optimizer.zero_grad()
         h = _up(v)
-        output = problem.layer(problem.inputs[picked], _soft(h, grid, spec))
+        output = problem.layer(problem.inputs[picked], _between(steps.floor(), h, grid))
         loss = (output - problem.targets[picked]).square().sum() / (annealing.batch * start)
         if step >= annealing.warm * annealing.iterations:
             loss = loss + annealing.weight * (1 - (2 * h - 1).abs().pow(annealing.beta_at(step))).mean()
         loss.backward()
         optimizer.step()
     hard = (_up(v.detach()) >= 0.5).float()
-    learned = (grid[0] + hard + grid[2]).clamp(spec.qmin, spec.qmax).to(torch.int32)
+    learned = (steps.floor() + hard + grid.zero_point).clamp(grid.low, grid.high).to(torch.int32)
     return learned if problem.error(dequantize(learned, scale, zero_point, spec)) < start else nearest
 
 
@@ -343,6 +282,5 @@ def _up(v: Tensor) -> Tensor:
     return (torch.sigmoid(v) * (STRETCH_HIGH - STRETCH_LOW) + STRETCH_LOW).clamp(0, 1)
 
 
-def _soft(h: Tensor, grid: tuple[Tensor, ...], spec: QuantSpec) -> Tensor:
-    floor, scale, zero_point = grid
-    return scale * ((floor + h + zero_point).clamp(spec.qmin, spec.qmax) - zero_point)
+def _between(floor: Tensor, h: Tensor, grid: _Grid) -> Tensor:
+    return grid.scale * ((floor + h + grid.zero_point).clamp(grid.low, grid.high) - grid.zero_point)
