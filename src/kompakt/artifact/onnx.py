@@ -1,9 +1,12 @@
 """Export to ONNX for ONNX Runtime, open a session, and read what the runtime made of the file."""
 
+import tempfile
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import onnx
@@ -27,18 +30,23 @@ INTEGER_OPS = frozenset(
 HEAVY_FLOAT_OPS = frozenset({"Conv", "FusedConv", "Gemm", "MatMul", "FusedGemm", "FusedMatMul", "ConvTranspose"})
 
 
-def export_onnx(capture: Capture, path: str | Path, *, metadata: dict[str, str] | None = None) -> Path:
+def export_onnx(capture: Capture, path: str | Path, *, metadata: Mapping[str, str] = MappingProxyType({})) -> Path:
     """Write a capture, float or quantized, as an ONNX file with a symbolic batch where the model has one.
+
+    Args:
+        capture: what to write.
+        path: the file.
+        metadata: goes into the file's ``metadata_props``.
 
     Raises:
         ModelError: an operator has no ONNX form; the message names it.
     """
     path = Path(path)
     module = to_integers(capture)
-    program = _onnx_program(module, capture.example)
-    model = program.model_proto
+    model = _onnx_program(module, capture.example).model_proto
+    _strip(model)
     _unshare_zero_points(model)
-    for key, value in sorted((metadata or {}).items()):
+    for key, value in sorted(metadata.items()):
         model.metadata_props.add(key=key, value=value)
     with atomic_path(path) as temporary:
         onnx.save_model(model, str(temporary))
@@ -88,6 +96,21 @@ def _dynamic_linear(x, weight, weight_scale, weight_zero):  # type: ignore[no-un
     return op.Mul(op.Cast(product, to=1), op.Mul(scale, weight_scale))
 
 
+def _strip(model: onnx.ModelProto) -> None:
+    """Drop what the exporter notes for its own debugging, and call the symbolic batch ``batch``."""
+    graph = model.graph
+    for item in (model, graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        if not isinstance(item, onnx.ModelProto):
+            del item.metadata_props[:]
+        if hasattr(item, "doc_string"):
+            item.ClearField("doc_string")
+    del graph.value_info[:]
+    for value in (*graph.input, *graph.output):
+        for dim in value.type.tensor_type.shape.dim[:1]:
+            if dim.dim_param:
+                dim.dim_param = "batch"
+
+
 def _unshare_zero_points(model: onnx.ModelProto) -> None:
     """Give every DequantizeLinear and QuantizeLinear a zero point of its own.
 
@@ -120,18 +143,28 @@ class Runtime:
     threads: int
 
     def __call__(self, batch: np.ndarray) -> np.ndarray:
-        """Run one batch and return the first output."""
-        return self.session.run(None, {self.session.get_inputs()[0].name: batch})[0]
+        """Run a batch and return the first output; a file with a fixed batch is run as often as it takes."""
+        source = self.session.get_inputs()[0]
+        size = source.shape[0] if source.shape and isinstance(source.shape[0], int) else len(batch)
+        pieces = [batch[start : start + size] for start in range(0, len(batch), max(size, 1))]
+        return np.concatenate([self._piece(source.name, piece, size) for piece in pieces])
+
+    def _piece(self, name: str, piece: np.ndarray, size: int) -> np.ndarray:
+        short = size - len(piece)
+        full = np.concatenate([piece, np.repeat(piece[-1:], short, axis=0)]) if short else piece
+        return self.session.run(None, {name: full})[0][: len(piece)]
 
 
-def open_onnx(path: str | Path, *, threads: int = 1, optimized: Path | None = None, extended: bool = False) -> Runtime:
+def open_onnx(
+    path: str | Path, threads: int = 1, *, optimized: Path | None = None, profile: Path | None = None
+) -> Runtime:
     """Open a file in ONNX Runtime on the CPU.
 
     Args:
         path: the file.
         threads: intra-op threads; with more than one, idle threads do not spin.
-        optimized: where to write the graph as the runtime optimised it.
-        extended: stop before the layout optimisations that depend on the CPU.
+        optimized: where to write the graph as the runtime optimised it, less what depends on the CPU.
+        profile: where (a prefix) to write the runtime's own profile.
 
     Raises:
         FormatError: the file is missing, is not an ONNX model, or the runtime cannot run it.
@@ -141,10 +174,12 @@ def open_onnx(path: str | Path, *, threads: int = 1, optimized: Path | None = No
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0" if threads > 1 else "1")
-    if extended:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     if optimized is not None:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         options.optimized_model_filepath = str(optimized)
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     if not Path(path).is_file():
         raise FormatError(f"{path}: no such file")
     try:
@@ -156,11 +191,8 @@ def open_onnx(path: str | Path, *, threads: int = 1, optimized: Path | None = No
 
 def runtime_ops(path: str | Path) -> dict[str, int]:
     """Count the operators of a file after ONNX Runtime's own optimisation, as it would run them."""
-    import tempfile
-    from collections import Counter
-
     with tempfile.TemporaryDirectory() as folder:
         seen = Path(folder) / "optimized.onnx"
-        open_onnx(path, optimized=seen, extended=True)
+        open_onnx(path, optimized=seen)
         model = onnx.load(str(seen), load_external_data=False)
     return dict(Counter(node.op_type for node in model.graph.node))

@@ -1,0 +1,77 @@
+"""``Recipe``: what the user asked for, as TOML or Python; one schema, clear errors."""
+
+import tomllib
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kompakt.errors import InputError
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class QuantizeSection(Section):
+    """``[quantize]``: uniform integers after training.
+
+    Bits that are not given are the target's own. ``equalize`` runs cross-layer equalization,
+    ``bias_correction`` repairs the mean shift of each layer, ``rounding`` chooses the integers.
+    """
+
+    weight_bits: int | None = Field(default=None, ge=1, le=8)
+    activation_bits: int | None = Field(default=None, ge=1, le=8)
+    group_size: int | None = Field(default=None, ge=1)
+    weight_range: Literal["minmax", "mse"] = "minmax"
+    activation_range: Literal["minmax", "moving", "percentile", "mse", "kl"] = "mse"
+    dynamic: bool = False
+    calibration_examples: int = Field(default=512, ge=1)
+    keep: tuple[str, ...] = ()
+
+
+class BudgetSection(Section):
+    """``[budget]``: the largest drop in points against the original model."""
+
+    max_drop: float | None = Field(default=None, ge=0)
+
+
+class Recipe(Section):
+    """Everything that a run is asked to do.
+
+    Example:
+        >>> from kompakt.plan.recipe import Recipe
+        >>> Recipe.from_toml("[quantize]\\nweight_bits = 8").quantize.weight_bits
+        8
+    """
+
+    quantize: QuantizeSection = QuantizeSection()
+    budget: BudgetSection = BudgetSection()
+
+    @staticmethod
+    def from_toml(text: str, where: str = "recipe") -> "Recipe":
+        """Read a recipe from TOML.
+
+        Raises:
+            InputError: the text is not TOML, or a key or value is wrong; the message names it.
+        """
+        try:
+            return Recipe.model_validate(tomllib.loads(text))
+        except tomllib.TOMLDecodeError as error:
+            raise InputError(f"{where}: {error}") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"])
+            raise InputError(f"{where}: {key}: {first['msg']}, found {first['input']!r}") from None
+
+    @staticmethod
+    def read(path: str | Path) -> "Recipe":
+        """Read a recipe from a TOML file."""
+        try:
+            return Recipe.from_toml(Path(path).read_text(), str(path))
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise InputError(f"{path}: is not a text file; expected a recipe in TOML") from None
