@@ -11,7 +11,8 @@ from kompakt.errors import PlanError
 from kompakt.plan import Cut, Mend, Prune
 
 GEOMETRY = frozenset(
-    ["stride", "padding", "dilation", "kernel_size", "output_padding", "window_size", "shift_size", "patch_size", "img_size", "p", "eps", "dim"]
+    {"stride", "padding", "dilation", "kernel_size", "output_padding", "window_size", "shift_size", "patch_size"}
+    | {"img_size", "image_size", "input_size", "seq_length", "num_classes", "p", "eps", "dim"}
 )
 """Attributes that never state a width."""
 
@@ -98,7 +99,7 @@ def _mend_numbers(module: nn.Module, numbers: Mapping[object, int | tuple[int, .
             continue
         if isinstance(value, int) and value in numbers:
             setattr(module, key, numbers[value])
-        elif isinstance(value, tuple | list) and tuple(value) in numbers:
+        elif isinstance(value, tuple | list) and all(type(item) is int for item in value) and tuple(value) in numbers:
             setattr(module, key, type(value)(numbers[tuple(value)]))  # type: ignore[arg-type]
 
 

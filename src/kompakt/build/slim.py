@@ -5,6 +5,8 @@ removed the two differ. ``slim`` gives such a module a class that reads the widt
 The state dict stays the same.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -141,7 +143,7 @@ class SlimRelativeAttention(RelativePositionalMultiHeadAttention):
         return self.merge((F.softmax(scores, dim=-1) @ v).transpose(2, 3).flatten(3))
 
 
-def slim(module: nn.Module) -> None:
+def slim(module: Any) -> None:
     """Change the class of an attention module whose tensors were cut; other modules are left alone."""
     kind = type(module)
     if kind in (nn.MultiheadAttention, SlimMultiheadAttention) and module.in_proj_weight is not None:
@@ -158,7 +160,7 @@ def slim(module: nn.Module) -> None:
         module.__class__ = SlimRelativeAttention
 
 
-def _slim_window(module: nn.Module, heads: int, kind: type[nn.Module]) -> None:
+def _slim_window(module: Any, heads: int, kind: type[nn.Module]) -> None:
     module.num_heads = heads
     module.head_dim = len(module.qkv.weight) // 3 // heads
     module.__class__ = kind

@@ -39,6 +39,7 @@ def _pairs(coupling: Coupling, op: Op, gone: Array) -> Iterator[tuple[Number, Nu
     outputs = [[(len(dim), int((~gone[dim]).sum())) for dim in dims] for dims in coupling.ops[op.name]]
     if op.kind in SIZED:
         yield from outputs[0]
+        yield tuple(size for size, _ in outputs[0]), tuple(size for _, size in outputs[0])
     elif op.kind in PIECES:
         axis = int(str(op.arguments.get("dim", 0)))
         yield tuple(dims[axis][0] for dims in outputs), tuple(dims[axis][1] for dims in outputs)

@@ -73,6 +73,8 @@ class Coupling:
         left: layers whose outputs stay whole, and why.
         tensors: for each tensor the unit (0: none) of every index of every dimension.
         ops: the same for every output of every op.
+        ties: names of groups that must keep the same share, because the model's code computes one width
+            from another (``kompakt.build.follow`` finds them by running it).
     """
 
     graph: Graph
@@ -80,6 +82,7 @@ class Coupling:
     left: tuple[Left, ...]
     tensors: Mapping[str, Dims] = field(repr=False)
     ops: Mapping[str, tuple[Dims, ...]] = field(repr=False)
+    ties: tuple[tuple[str, ...], ...] = ()
 
     def group(self, name: str) -> Group:
         """The group called ``name``, or the one that holds the tensor or the module ``name``.
@@ -107,7 +110,7 @@ class Coupling:
         def size(dim: Array) -> int:
             return len(dim) - int(gone[dim].sum())
 
-        after = {name: (tuple(size(dim) for dim in dims),) for name, dims in self.tensors.items()}
+        after: dict[str, Shapes] = {name: (tuple(size(dim) for dim in dims),) for name, dims in self.tensors.items()}
         for name, outputs in self.ops.items():
             after[name] = tuple(tuple(size(dim) for dim in dims) for dims in outputs)
         return after
@@ -136,8 +139,9 @@ def couple(graph: Graph) -> Coupling:
         >>> import torch
         >>> from kompakt.graph.trace import trace
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
-        >>> [(g.name, g.size, [(m.tensor, m.dim) for m in g.members]) for g in couple(trace(net, torch.zeros(2, 4)).graph).groups]
-        [('0', 3, [('0.weight', 0), ('0.bias', 0), ('2.weight', 1)])]
+        >>> (group,) = couple(trace(net, torch.zeros(2, 4)).graph).groups
+        >>> group.name, group.size, [(member.tensor, member.dim) for member in group.members]
+        ('0', 3, [('0.weight', 0), ('0.bias', 0), ('2.weight', 1)])
     """
     found = flow(graph, RULES)
     found.labels.settle()
@@ -145,14 +149,12 @@ def couple(graph: Graph) -> Coupling:
     slots = {(name, dim): root[labels] for name, dims in found.tensors.items() for dim, labels in enumerate(dims)}
     sets = _sets(slots, found)
     unit = np.zeros(int(root.max()) + 1, dtype=np.int64)
-    groups, small = [], []
+    groups = []
     count = 0
-    for name, (roots, _) in sets.items():
-        if len(roots) < 2:
-            small.append(name)
-            continue
-        unit[roots] = np.arange(count + 1, count + len(roots) + 1)
-        count += len(roots)
+    for roots, _ in sets.values():
+        if len(roots) >= 2:
+            unit[roots] = np.arange(count + 1, count + len(roots) + 1)
+            count += len(roots)
     for name, (roots, members) in sets.items():
         if len(roots) >= 2:
             groups.append(_group(name, unit[roots], {slot: unit[slots[slot]] for slot in members}, found))
@@ -183,9 +185,11 @@ def _sets(slots: Mapping[Slot, Array], found: Flow) -> dict[str, tuple[Array, li
             if value:
                 where[int(value)].append(slot)
     by_makers: dict[tuple[Slot, ...], list[int]] = defaultdict(list)
+    producers = found.producers()
     for value, touched in where.items():
-        makers = tuple(slot for slot in touched if slot in found.producers)
-        by_makers[makers or tuple(touched)].append(value)
+        makers = tuple(slot for slot in touched if slot in producers)
+        if makers:  # what no layer makes is an input of a kind: coordinates, a table that is looked up
+            by_makers[makers].append(value)
     result: dict[str, tuple[Array, list[Slot]]] = {}
     for makers, values in sorted(by_makers.items(), key=lambda item: order[item[0][0]]):
         name = base = makers[0][0].rpartition(".")[0] or makers[0][0]
@@ -204,6 +208,7 @@ def _sets(slots: Mapping[Slot, Array], found: Flow) -> dict[str, tuple[Array, li
 def _group(name: str, units: Array, slots: Mapping[Slot, Array], found: Flow) -> Group:
     """Write a group as plain data."""
     members = []
+    producers = found.producers()
     for (tensor, dim), labels in slots.items():
         owned: dict[int, list[int]] = {int(unit): [] for unit in units}
         for index, value in enumerate(labels.tolist()):
@@ -215,7 +220,7 @@ def _group(name: str, units: Array, slots: Mapping[Slot, Array], found: Flow) ->
                 dim=dim,
                 size=len(labels),
                 indices=tuple(tuple(owned[int(unit)]) for unit in units),
-                makes=(tensor, dim) in found.producers,
+                makes=(tensor, dim) in producers,
             )
         )
     return Group(name=name, size=len(units), members=tuple(members), units=tuple(int(unit) for unit in units))
@@ -225,8 +230,7 @@ def _left(found: Flow, root: Array, unit: Array) -> tuple[Left, ...]:
     """Name every layer none of whose outputs can be removed, with the reason."""
     why = found.labels.reasons()
     left = []
-    for tensor, dim in found.producers:
-        labels = found.tensors[tensor][dim]
+    for (tensor, _), labels in found.producers().items():
         if unit[root[labels]].any():
             continue
         reason = next((why[int(label)] for label in labels if int(label) in why), "its channels are one single unit")

@@ -15,13 +15,16 @@ from kompakt.graph.labels import Array, Dims, Labels
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Flow:
-    """The labels met so far: of tensors by name, and of ops by name (one ``Dims`` for each output)."""
+    """The labels met so far: of tensors by name, and of ops by name (one ``Dims`` for each output).
+
+    ``made`` holds the labels of channels that layers make; ``unknown`` the operators without a rule.
+    """
 
     graph: Graph
     labels: Labels = field(default_factory=Labels)
     tensors: dict[str, Dims] = field(default_factory=dict)
     ops: dict[str, tuple[Dims, ...]] = field(default_factory=dict)
-    producers: dict[tuple[str, int], str] = field(default_factory=dict)
+    made: list[Array] = field(default_factory=list)
     unknown: dict[str, str] = field(default_factory=dict)
 
     def of(self, value: Value) -> Dims:
@@ -31,8 +34,9 @@ class Flow:
         if value.name in self.ops:
             return self.ops[value.name][0] if self.ops[value.name] else ()
         if value.name not in self.tensors:
-            shape = self.graph.tensor[value.name].shape
-            self.tensors[value.name] = tuple(self.labels.fresh(n) if n > 1 else fixed(n) for n in shape)
+            tensor = self.graph.tensor[value.name]
+            free = tensor.kind != "constant"
+            self.tensors[value.name] = tuple(self.labels.fresh(n) if n > 1 and free else fixed(n) for n in tensor.shape)
         return self.tensors[value.name]
 
     def first(self, op: Op) -> Dims:
@@ -42,6 +46,16 @@ class Flow:
     def inputs(self, op: Op) -> list[Dims]:
         """Return the labels of all tensors that an op reads."""
         return [self.of(Ref(name)) for name in op.refs]
+
+    def producers(self) -> dict[tuple[str, int], Array]:
+        """Find the dimensions of tensors that make channels, with their labels."""
+        made = np.unique(np.concatenate([fixed(1), *self.made]))[1:]
+        return {
+            (name, dim): labels
+            for name, dims in self.tensors.items()
+            for dim, labels in enumerate(dims)
+            if np.isin(labels, made).any()
+        }
 
     def given(self, op: Op, *names: str) -> list[Dims]:
         """Return the labels of those of the named arguments that are given."""

@@ -33,7 +33,7 @@ def _conv(found: Flow, op: Op) -> tuple[Dims, ...]:
         _grouped(found, int(str(groups)), image[channel], weight)
     for bias in found.given(op, "bias"):
         found.labels.unite(bias[0], weight[0])
-    _produce(found, op, 0)
+    found.made.append(weight[0])
     return ((*image[:channel], weight[0], *(fixed(size) for size in op.shape[channel + 1 :])),)
 
 
@@ -65,7 +65,7 @@ def _conv_transpose(found: Flow, op: Op) -> tuple[Dims, ...]:
         out = np.repeat(inside[:, 0], len(weight[1]))
     for bias in found.given(op, "bias"):
         found.labels.unite(bias[0], out)
-    _produce(found, op, 1 if groups == 1 else 0)
+    found.made.append(out)
     return ((*image[:channel], out, *(fixed(size) for size in op.shape[channel + 1 :])),)
 
 
@@ -74,20 +74,14 @@ def _linear(found: Flow, op: Op) -> tuple[Dims, ...]:
     found.labels.unite(rows[-1], weight[1])
     for bias in found.given(op, "bias"):
         found.labels.unite(bias[0], weight[0])
-    _produce(found, op, 0)
+    found.made.append(weight[0])
     return ((*rows[:-1], weight[0]),)
-
-
-def _produce(found: Flow, op: Op, dim: int) -> None:
-    """Note the dimension of a weight that makes channels."""
-    name = op.ref("weight")
-    if name in found.graph.tensor:
-        found.producers[name, dim] = op.module
 
 
 def _embedding(found: Flow, op: Op) -> tuple[Dims, ...]:
     weight = found.of(op.arguments["weight"])
     found.labels.freeze(weight[0], "rows are looked up by number")
+    found.made.append(weight[1])
     return ((*(fixed(size) for size in op.shape[:-1]), weight[1]),)
 
 
@@ -213,12 +207,13 @@ def _many(rule: Rule, kinds: str) -> dict[str, Rule]:
 RULES: dict[str, Rule] = {
     **_many(
         elementwise,
-        "relu relu6 elu selu celu gelu silu mish sigmoid tanh hardtanh hardsigmoid hardswish leaky_relu softplus softsign "
-        "log_sigmoid abs neg exp exp2 log log2 log1p sqrt rsqrt reciprocal square sin cos erf sign floor ceil round clamp "
-        "clamp_min clamp_max dropout feature_dropout alpha_dropout dropout2d clone contiguous detach alias to _to_copy "
-        "type_as lift_fresh_copy add sub rsub mul div pow true_divide floor_divide remainder maximum minimum where lerp "
-        "addcmul addcdiv masked_fill eq ne lt le gt ge logical_and logical_or logical_not bitwise_and zeros_like ones_like "
-        "full_like copy fill zero nan_to_num atan2 detach_copy hardshrink softshrink",
+        "relu relu6 elu selu celu gelu silu mish sigmoid tanh hardtanh hardsigmoid hardswish leaky_relu "
+        "softplus softsign log_sigmoid abs neg exp exp2 log log2 log1p sqrt rsqrt reciprocal square sin cos "
+        "erf sign floor ceil round clamp clamp_min clamp_max dropout feature_dropout alpha_dropout dropout2d "
+        "clone contiguous detach alias to _to_copy type_as lift_fresh_copy add sub rsub mul div pow "
+        "true_divide floor_divide remainder maximum minimum where lerp addcmul addcdiv masked_fill eq ne lt "
+        "le gt ge logical_and logical_or logical_not bitwise_and zeros_like ones_like full_like copy fill "
+        "zero nan_to_num atan2 detach_copy hardshrink softshrink",
     ),
     **_many(_source, "input zeros ones full arange linspace scalar_tensor empty new_zeros new_ones new_full eye"),
     **_many(_conv, "conv1d conv2d conv3d"),
@@ -234,9 +229,10 @@ RULES: dict[str, Rule] = {
     ),
     **_many(
         _spatial,
-        "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
-        "adaptive_avg_pool3d adaptive_max_pool2d upsample_nearest2d upsample_bilinear2d upsample_bicubic2d upsample_linear1d "
-        "_upsample_bilinear2d_aa _upsample_bicubic2d_aa upsample_nearest1d upsample_nearest3d max_pool2d_with_indices",
+        "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d "
+        "adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool2d upsample_nearest2d upsample_bilinear2d "
+        "upsample_bicubic2d upsample_linear1d _upsample_bilinear2d_aa _upsample_bicubic2d_aa "
+        "upsample_nearest1d upsample_nearest3d max_pool2d_with_indices",
     ),
     "linear": _linear,
     "embedding": _embedding,

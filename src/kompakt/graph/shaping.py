@@ -123,14 +123,14 @@ def _slice(found: Flow, op: Op) -> tuple[Dims, ...]:
     axis = place(op.arguments.get("dim", 0), len(dims))
     dim = dims[axis]
     if op.kind == "narrow":
-        start = place(op.arguments["start"], len(dim))
-        part = dim[start : start + whole(op.arguments["length"])]
+        begin = place(op.arguments["start"], len(dim))
+        part = dim[begin : begin + whole(op.arguments["length"])]
     else:
-        bounds = [op.arguments.get(name) for name in ("start", "end")]
+        start, end = (op.arguments.get(name) for name in ("start", "end"))
         step = whole(op.arguments.get("step", 1))
         if step != 1:
             found.labels.freeze(dim, "sliced with a step")
-        part = dim[slice(*(None if bound is None else whole(bound) for bound in bounds), step)]
+        part = dim[None if start is None else whole(start) : None if end is None else whole(end) : step]
     return ((*dims[:axis], part, *dims[axis + 1 :]),)
 
 
