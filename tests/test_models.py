@@ -1,21 +1,14 @@
-"""Laws of model references, weights files, the reference networks and atomic writing."""
+"""Laws of model references and of the reference networks."""
 
-import argparse
-import errno
-import os
-import pickle
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from kompakt import zoo as networks
-from kompakt.errors import FormatError, InputError, KompaktError, MissingExtraError, ModelError
-from kompakt.files import atomic_path, atomic_write, writable_folder
+from kompakt.errors import InputError, KompaktError, MissingExtraError
 from kompakt.models import load_model, parse_arguments
-from kompakt.weights import load_weights, read_weights, save_weights
 
 REFERENCE = "kompakt.zoo:resnet20"
 
@@ -26,16 +19,6 @@ def refusal(error: type[KompaktError], *args: object, **kwargs: object) -> str:
         load_model(*args, **kwargs)
     assert "\n" not in str(caught.value)
     return str(caught.value)
-
-
-class Tied(nn.Module):
-    """A model whose two layers share a weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(4, 4)
-        self.second = nn.Linear(4, 4, bias=False)
-        self.second.weight = self.first.weight
 
 
 def same(one: nn.Module, other: nn.Module) -> bool:
@@ -104,6 +87,21 @@ def test_file_by_its_path_finds_its_neighbours(tmp_path: Path, monkeypatch: pyte
         "from neighbour_a import SIZE\nfrom torch import nn\ndef build(): return nn.Linear(SIZE, 1)\n"
     )
     assert load_model(f"{tmp_path}/net_b.py:build").in_features == 6
+
+
+def test_wrappers_are_taken_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.path", list(__import__("sys").path))
+    (tmp_path / "wrapped_net.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "def parallel(): return nn.DataParallel(nn.Linear(2, 2))\n"
+        "def compiled(): return torch.compile(nn.Linear(2, 2))\n"
+        "def half(): return nn.Linear(2, 2).half().train()\n"
+    )
+    for name in ("parallel", "compiled", "half"):
+        model = load_model(f"{tmp_path}/wrapped_net.py:{name}")
+        assert type(model) is nn.Linear
+        assert model.weight.dtype == torch.float32
+        assert not model.training
 
 
 @pytest.mark.parametrize(
@@ -176,131 +174,6 @@ def test_arguments_of_another_form_are_refused(pairs: list[str]) -> None:
         parse_arguments(pairs)
 
 
-# Weights
-
-
-def test_saved_weights_come_back_and_have_the_same_bytes(tmp_path: Path) -> None:
-    model = load_model(REFERENCE)
-    save_weights(model, tmp_path / "a.safetensors")
-    save_weights(model, tmp_path / "b.safetensors")
-    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
-    assert same(load_model(REFERENCE, weights=tmp_path / "a.safetensors"), model)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
-
-
-def test_shared_tensors_are_written_once_and_restored(tmp_path: Path) -> None:
-    model, fresh = Tied(), Tied()
-    save_weights(model, tmp_path / "tied.safetensors")
-    assert set(read_weights(tmp_path / "tied.safetensors")) == set(model.state_dict())
-    assert (tmp_path / "tied.safetensors").stat().st_size < 4 * 16 * 2 + 400
-    load_weights(fresh, tmp_path / "tied.safetensors")
-    assert same(fresh, model)
-    assert fresh.second.weight is fresh.first.weight
-
-
-def test_safetensors_own_reader_takes_what_was_saved(tmp_path: Path) -> None:
-    from safetensors.torch import load_model as theirs
-
-    model, fresh = Tied(), Tied()
-    save_weights(model, tmp_path / "tied.safetensors")
-    theirs(fresh, tmp_path / "tied.safetensors")
-    assert same(fresh, model)
-
-
-@pytest.mark.parametrize("nest", ["state_dict", "model", "model_state_dict", "net", None])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "model."])
-def test_checkpoints_of_many_shapes_load(tmp_path: Path, nest: str | None, prefix: str) -> None:
-    model, fresh = networks.lenet300(), networks.lenet300()
-    state = {prefix + key: value for key, value in model.state_dict().items()}
-    torch.save({nest: state, "epoch": 3} if nest else state, tmp_path / "w.pt")
-    assert same(load_weights(fresh, tmp_path / "w.pt"), model)
-
-
-def test_old_checkpoints_without_batch_counters_load(tmp_path: Path) -> None:
-    model = load_model(REFERENCE)
-    torch.save({k: v for k, v in model.state_dict().items() if "num_batches" not in k}, tmp_path / "w.pt")
-    assert same(load_model(REFERENCE, weights=tmp_path / "w.pt"), model)
-
-
-def test_misfits_are_named_and_counted(tmp_path: Path) -> None:
-    state = networks.resnet32().state_dict()
-    state["extra.weight"] = torch.zeros(2)
-    state["conv1.weight"] = torch.zeros(16, 3, 5, 5)
-    del state["bn1.weight"]
-    save_file(state, tmp_path / "w.safetensors")
-    line = refusal(InputError, "kompakt.zoo:resnet32", weights=tmp_path / "w.safetensors")
-    for part in (
-        "1 missing (bn1.weight)",
-        "1 unexpected (extra.weight)",
-        "16×3×5×5 in the file and 16×3×3×3 in the model",
-    ):
-        assert part in line
-    assert "num_classes" not in line
-    assert "…" in refusal(InputError, REFERENCE, weights=tmp_path / "w.safetensors")  # many: only the first are named
-
-
-def test_another_number_of_classes_is_recognised(tmp_path: Path) -> None:
-    save_weights(networks.resnet20(37), tmp_path / "w.safetensors")
-    line = refusal(InputError, REFERENCE, weights=tmp_path / "w.safetensors")
-    assert "--model-arg num_classes=37" in line
-
-
-def test_integers_are_not_taken_for_weights(tmp_path: Path) -> None:
-    state = networks.lenet300().state_dict()
-    state["fc3.weight"] = torch.zeros(10, 100, dtype=torch.int8)
-    save_file(state, tmp_path / "w.safetensors")
-    assert "10×100 (int8)" in refusal(InputError, "kompakt.zoo:lenet300", weights=tmp_path / "w.safetensors")
-
-
-def test_a_checkpoint_that_needs_code_is_refused_and_not_run(tmp_path: Path) -> None:
-    marker = tmp_path / "ran"
-
-    class Hostile:
-        def __reduce__(self) -> tuple[object, ...]:
-            return os.mkdir, (str(marker),)
-
-    for content, wanted in ((argparse.Namespace(lr=1), "argparse.Namespace"), (Hostile(), "posix.mkdir")):
-        torch.save({"state_dict": networks.lenet300().state_dict(), "args": content}, tmp_path / "w.pt")
-        line = refusal(InputError, "kompakt.zoo:lenet300", weights=tmp_path / "w.pt")
-        assert wanted in line.replace("nt.mkdir", "posix.mkdir")
-        assert "model.state_dict()" in line
-    (tmp_path / "raw.pkl").write_bytes(pickle.dumps(Hostile()))
-    refusal(KompaktError, "kompakt.zoo:lenet300", weights=tmp_path / "raw.pkl")
-    assert not marker.exists()
-
-
-@pytest.mark.parametrize("keep", [0, 5, 100, 0.5, -1])
-@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
-def test_truncated_files_are_recognised(tmp_path: Path, name: str, keep: float) -> None:
-    path = tmp_path / name
-    if name.endswith(".pt"):
-        torch.save(networks.lenet300().state_dict(), path)
-    else:
-        save_weights(networks.lenet300(), path)
-    data = path.read_bytes()
-    path.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
-    refusal(FormatError, "kompakt.zoo:lenet300", weights=path)
-
-
-def test_other_files_are_not_weights(tmp_path: Path) -> None:
-    (tmp_path / "text.pt").write_text("hello, this is no checkpoint")
-    torch.save([1, 2], tmp_path / "list.pt")
-    torch.save({"epoch": 1}, tmp_path / "empty.pt")
-    for name in ("text.pt", "list.pt", "empty.pt"):
-        refusal(FormatError, REFERENCE, weights=tmp_path / name)
-    assert "no such" in refusal(InputError, REFERENCE, weights=tmp_path / "none.pt")
-    assert "folder" in refusal(InputError, REFERENCE, weights=tmp_path)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["conv1.weight", "bn1.running_var"])
-def test_weights_that_are_not_finite_are_named(tmp_path: Path, name: str, value: float) -> None:
-    state = networks.resnet20().state_dict()
-    state[name].view(-1)[3] = value
-    save_file(state, tmp_path / "w.safetensors")
-    assert name in refusal(ModelError, REFERENCE, weights=tmp_path / "w.safetensors")
-
-
 # The reference networks
 
 
@@ -332,60 +205,3 @@ def test_shortcut_without_parameters_is_option_a() -> None:
 @pytest.mark.parametrize("name", ["resnet20", "resnet32"])
 def test_trained_weights_load_strictly(zoo: Path, name: str) -> None:
     load_model(f"kompakt.zoo:{name}", weights=zoo / f"{name}-cifar10.safetensors")
-
-
-# Files
-
-
-def write_half(path: Path, error: Exception) -> None:
-    """Fail with ``error`` after a part of ``path`` was written."""
-    with atomic_path(path) as temporary:
-        assert temporary.suffix == path.suffix
-        temporary.write_bytes(b"part")
-        raise error
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "file.bin"
-    atomic_write(path, b"old")
-    with pytest.raises(RuntimeError, match="half way"):
-        write_half(path, RuntimeError("half way"))
-    assert path.read_bytes() == b"old"
-    atomic_write(path, b"new")
-    assert path.read_bytes() == b"new"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize(
-    "raised", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("No space left on device (os error 28)")]
-)
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, raised: Exception) -> None:
-    with pytest.raises(InputError, match="disk is full"):
-        write_half(tmp_path / "file.bin", raised)
-    assert not list(tmp_path.iterdir())
-
-
-def test_places_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"")
-    for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(InputError, match="in the way"):
-            writable_folder(path)
-    with pytest.raises(InputError, match="does not exist"):
-        atomic_write(tmp_path / "none" / "file", b"")
-    with pytest.raises(InputError, match="is a folder"):
-        atomic_write(tmp_path, b"")
-    assert writable_folder(tmp_path / "a" / "b").is_dir()
-    assert not list((tmp_path / "a" / "b").iterdir())
-
-
-@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
-def test_a_folder_that_takes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError(number, os.strerror(number))
-
-    for method in ("touch", "write_bytes"):
-        monkeypatch.setattr(Path, method, refuse)
-    expected = "disk is full" if number == errno.ENOSPC else rf"cannot be written \({os.strerror(number)}\)"
-    for attempt in (lambda: writable_folder(tmp_path), lambda: atomic_write(tmp_path / "file", b"")):
-        with pytest.raises(InputError, match=expected):
-            attempt()

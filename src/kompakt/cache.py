@@ -31,13 +31,20 @@ def cache_key(root: Path, paths: Sequence[str], spec: ImageSpec, *, keep: bool) 
     """A name for the decoded form of these files: it changes when any of them does.
 
     Paths, sizes and the times of change count, and what decoding depends on; mean and std do not.
+
+    Raises:
+        InputError: a file cannot be looked up, as at the end of a dangling link.
     """
     digest = hashlib.sha256()
     settings = (VERSION, keep, spec.input_size, spec.resize, spec.channels, spec.interpolation, str(root.resolve()))
     digest.update(json.dumps(settings).encode())
     for path in paths:
-        status = os.stat(path)
-        digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}\n".encode())
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+        facts = f"\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}\n"
+        digest.update(os.fsencode(path) + facts.encode())
     return digest.hexdigest()[:32]
 
 

@@ -18,21 +18,10 @@ from torch import Tensor
 from kompakt.cache import cache_folder, cache_key, read_cache, write_cache
 from kompakt.errors import InputError
 from kompakt.folders import Folder, scan_folder, summary
-from kompakt.images import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    Augment,
-    FileStore,
-    ImageSpec,
-    ImageSplit,
-    MemoryStore,
-    Store,
-    decode_all,
-    stratified,
-    to_array,
-)
+from kompakt.images import IMAGENET_MEAN, IMAGENET_STD, ImageSpec, decode_all, to_array
 from kompakt.loaders import Metric, load_metric, loader_split
 from kompakt.references import call, load_callable
+from kompakt.splits import Augment, FileStore, ImageSplit, MemoryStore, Store, stratified
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Data", "Metric", "Split", "check_classes", "load_metric", "open_data"]
 
@@ -42,7 +31,7 @@ SHOWN = 3
 
 
 class Split(Protocol):
-    """Examples that come in batches; see ``images.ImageSplit`` and ``loaders.LoaderSplit``."""
+    """Examples that come in batches; see ``splits.ImageSplit`` and ``loaders.LoaderSplit``."""
 
     @property
     def labels(self) -> Tensor:
@@ -136,9 +125,9 @@ def open_data(
         raise InputError(f"on_corrupt {on_corrupt}: expected refuse or skip")
     if reference == DIGITS:
         return _digits(spec, validation, seed)
-    if ":" in reference and not Path(reference).exists():
+    if ":" in reference and not Path(reference).expanduser().exists():
         return _from_callable(reference)
-    folder = scan_folder(Path(reference))
+    folder = scan_folder(Path(reference).expanduser())
     store, broken, note = _decoded(folder, spec, memory_bytes, progress)
     left = _left(folder, broken, on_corrupt) + ((note,) if note else ())
     splits = _image_splits(folder, store, broken, spec)

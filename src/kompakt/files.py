@@ -2,13 +2,15 @@
 
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_hex
 
-from kompakt.errors import InputError
+from kompakt.errors import InputError, KompaktError
 
+LEAST_BYTES = 2**16
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG})
 
@@ -35,6 +37,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         _flush(temporary)
         os.replace(temporary, path)
         _flush(path.parent)
+    except KompaktError:
+        raise
     except Exception as error:
         line = _explain(path, error)
         if line is None:
@@ -90,8 +94,14 @@ def _flush(path: Path) -> None:
 def _explain(path: Path, error: Exception) -> str | None:
     """The line for a write that the system refused, or None for any other error."""
     number = error.errno if isinstance(error, OSError) else None
-    if number in FULL or "No space left on device" in str(error):
+    # Libraries hide the number: some keep the text of the system, torch.save keeps neither.
+    if number in FULL or "No space left on device" in str(error) or _is_full(path.parent):
         return f"{path}: the disk is full, nothing was written; free some space or choose another folder"
     if isinstance(error, OSError) and number in REFUSED:
         return f"{path}: cannot be written ({error.strerror}); choose another folder or mend its permissions"
     return None
+
+
+def _is_full(folder: Path) -> bool:
+    """Whether the disk of a folder has no room for one more small file."""
+    return folder.is_dir() and shutil.disk_usage(folder).free < LEAST_BYTES

@@ -1,7 +1,8 @@
 """A user's own loaders behind the interface of a split, and a user's own score."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import chain
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from kompakt.errors import InputError
-from kompakt.images import Augment, check_batches
 from kompakt.references import describe, load_callable
+from kompakt.splits import Augment, check_batches
 
 Metric = Callable[[Tensor, Tensor], Tensor]
 
@@ -32,20 +33,17 @@ class LoaderSplit:
     seed: int = 0
 
     def __len__(self) -> int:
-        """The number of examples, where the loader knows it.
+        """The number of examples; a loader that does not know it is read once."""
+        return self._total if self.count is None else min(self._total, self.count)
 
-        Raises:
-            TypeError: it does not.
-        """
-        if isinstance(self.loader, DataLoader):
-            whole = len(self.loader.sampler) if self.loader.batch_sampler is not None else len(self.loader.dataset)  # type: ignore[arg-type]
-            size = self.loader.batch_size
-            total = whole - whole % size if self.loader.drop_last and size else whole
-        elif isinstance(self.loader, list | tuple):
-            total = sum(len(labels) for _, labels in self.loader)
-        else:
-            raise TypeError(f"{self.name}: a {type(self.loader).__name__} does not tell how many examples it has")
-        return total if self.count is None else min(total, self.count)
+    @cached_property
+    def _total(self) -> int:
+        """Examples in the whole loader."""
+        loader = self.loader
+        if isinstance(loader, DataLoader) and loader.batch_size is not None and isinstance(loader.sampler, Sized):
+            whole = len(loader.sampler)
+            return whole - whole % loader.batch_size if loader.drop_last else whole
+        return sum(len(labels) for _, labels in replace(self, count=None).batches(1024))
 
     @property
     def labels(self) -> Tensor:

@@ -6,13 +6,11 @@ Nothing is ever downloaded: weights come from a file (``kompakt.weights``).
 
 import copy
 import inspect
-import warnings
 from ast import literal_eval
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-import torch
 from torch import nn
 
 from kompakt.errors import InputError, MissingExtraError, ModelError
@@ -166,6 +164,9 @@ def _usable(reference: str, model: object) -> nn.Module:
     Raises:
         ModelError: it is something else, or has tensors without values.
     """
+    if isinstance(model, nn.DataParallel):
+        model = model.module
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     if not isinstance(model, nn.Module):
         raise ModelError(f"{reference}: returned {type(model).__name__}, expected a torch.nn.Module")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -173,9 +174,7 @@ def _usable(reference: str, model: object) -> nn.Module:
             raise ModelError(f"{reference}: {name} is lazy; run the model once on an example before returning it")
         if tensor.is_meta:
             raise ModelError(f"{reference}: {name} is on the meta device and has no values; build it on the CPU")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # ScriptModules warn about .float()
-        return model.to(device="cpu").to(torch.float32)
+    return model.cpu().float()
 
 
 def _not_a_reference(reference: str) -> str:
