@@ -1,0 +1,94 @@
+"""``kompakt compress`` and ``kompakt quantize``."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from kompakt.artifact.targets import target
+from kompakt.cli.options import DataOptions, ModelOptions, RunOptions
+from kompakt.cli.voice import show, speaking
+from kompakt.files import writable_folder
+from kompakt.plan.recipe import BudgetSection, QuantizeSection, Recipe
+from kompakt.report import build_report
+from kompakt.search import Job, compress
+
+OVER_BUDGET = 3
+Out = Annotated[Path, typer.Option(help="folder for the artifact, result.json and report.html")]
+
+
+def compress_command(
+    out: Out,
+    model: ModelOptions,
+    data: DataOptions,
+    run: RunOptions,
+    max_drop: Annotated[float | None, typer.Option(help="points that may be lost", min=0.0)] = None,
+    target_name: Annotated[str, typer.Option("--target", help="runtime that the artifact is for")] = "onnxruntime",
+    recipe: Annotated[Path | None, typer.Option(help="TOML file that says what to do")] = None,
+) -> None:
+    """Compress MODEL within an accuracy budget and measure the artifact in its runtime."""
+    asked = Recipe.read(recipe) if recipe else Recipe()
+    if max_drop is not None:
+        asked = asked.model_copy(update={"budget": BudgetSection(max_drop=max_drop)})
+    _run("compress", asked, target_name, out, model, data, run)
+
+
+def quantize_command(
+    out: Out,
+    model: ModelOptions,
+    data: DataOptions,
+    run: RunOptions,
+    weight_bits: Annotated[int | None, typer.Option(help="default: the target's", min=1, max=8)] = None,
+    activation_bits: Annotated[int | None, typer.Option(help="default: the target's", min=1, max=8)] = None,
+    dynamic: Annotated[bool, typer.Option("--dynamic", help="ranges of activations at run time")] = False,
+    calibration: Annotated[int, typer.Option(help="training examples to calibrate on", min=1)] = 512,
+    activation_range: Annotated[
+        Literal["minmax", "moving", "percentile", "mse", "kl"], typer.Option(help="range estimator")
+    ] = "mse",
+    max_drop: Annotated[float | None, typer.Option(help="points that may be lost", min=0.0)] = None,
+    target_name: Annotated[str, typer.Option("--target", help="runtime that the artifact is for")] = "onnxruntime",
+) -> None:
+    """Quantize MODEL after training, statically or dynamically."""
+    section = QuantizeSection(
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        dynamic=dynamic,
+        calibration_examples=calibration,
+        activation_range=activation_range,
+    )
+    recipe = Recipe(quantize=section, budget=BudgetSection(max_drop=max_drop))
+    _run("quantize", recipe, target_name, out, model, data, run)
+
+
+def _run(
+    command: str, recipe: Recipe, target_name: str, out: Path, model: ModelOptions, data: DataOptions, run: RunOptions
+) -> None:
+    """Load everything, compress, write the report, show the figures."""
+    runtime = target(target_name)
+    network = model.load(run.seed)
+    metric = data.load_metric()
+    folder = writable_folder(out)
+    examples = data.open(model.input_size, run)
+    with speaking(run) as say:
+        job = Job(
+            model=network,
+            name=model.model,
+            data=examples,
+            source=data.data,
+            target=runtime,
+            out=folder,
+            recipe=recipe,
+            metric=metric,
+            threads=run.threads,
+            seed=run.seed,
+            command=command,
+            say=say,
+        )
+        result = compress(job)
+        build_report(result, folder)
+    show(result, run, str(out))
+    if not result.budget.met:
+        typer.echo(
+            f"kompakt: the budget of {result.budget.max_drop:g} points is not met; the best artifact is saved", err=True
+        )
+        raise typer.Exit(OVER_BUDGET)

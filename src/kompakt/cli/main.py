@@ -1,0 +1,56 @@
+"""The entry point: commands gathered, errors turned into one line and an exit status."""
+
+import sys
+import warnings
+
+import click
+import typer
+
+from kompakt.cli.bench import bench
+from kompakt.cli.compress import compress_command, quantize_command
+from kompakt.cli.demo import demo
+from kompakt.cli.flatten import flatten
+from kompakt.cli.inspect import analyze, inspect
+from kompakt.cli.report import report
+from kompakt.errors import KompaktError
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="kompakt",
+    help="Make trained neural networks small and fast, measured on the artifact that ships.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for name, command in {
+    "demo": demo,
+    "inspect": inspect,
+    "analyze": analyze,
+    "compress": compress_command,
+    "quantize": quantize_command,
+    "bench": bench,
+    "report": report,
+}.items():
+    app.command(name)(flatten(command))
+
+
+def main() -> None:
+    """Run the command line: 0 done, 2 bad input, 3 budget not met."""
+    warnings.simplefilter("ignore")  # libraries' warnings are for developers; the tests run with them as errors
+    try:
+        app(standalone_mode=False)
+    except KompaktError as error:
+        sys.exit(_say(str(error), BAD_INPUT))
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
+    except click.ClickException as error:
+        sys.exit(_say(error.format_message(), BAD_INPUT))
+    except (KeyboardInterrupt, click.Abort):
+        sys.exit(_say("interrupted", INTERRUPTED))
+
+
+def _say(text: str, status: int) -> int:
+    print(f"kompakt: {text}", file=sys.stderr)
+    return status
