@@ -43,10 +43,11 @@ def make_optimizer(module: nn.Module, settings: TrainSettings) -> torch.optim.Op
     free = [p for p in trainable if not (settings.decay_all or p.ndim > 1)]
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": free, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
+    fused = all(p.dtype == torch.float32 and p.device.type in ("cpu", "cuda") for p in trainable)
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=settings.learning_rate)
-    nesterov = settings.momentum > 0
-    return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum, nesterov=nesterov)
+        return torch.optim.AdamW(groups, lr=settings.learning_rate, fused=fused)
+    momentum = settings.momentum
+    return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=momentum, nesterov=momentum > 0, fused=fused)
 
 
 def average_into(average: dict[str, Tensor], module: nn.Module, decay: float, step: int) -> None:

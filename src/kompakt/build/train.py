@@ -6,8 +6,8 @@ process takes its share of every global batch, so that any number of processes t
 
 import random
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from itertools import islice
 from typing import Any
@@ -23,7 +23,6 @@ from kompakt.build.checkpoint import load_checkpoint, rng_state, save_checkpoint
 from kompakt.build.distill import Objective, Student, Teacher, distillation_losses, teacher_features, term_names
 from kompakt.build.evaluate import Evaluation, evaluate, reestimate_bn
 from kompakt.build.optimize import average_into, learning_rate_at, make_optimizer
-from kompakt.build.progress import progress_bar
 from kompakt.build.settings import (
     Batch,
     EpochRecord,
@@ -36,6 +35,7 @@ from kompakt.build.settings import (
 )
 from kompakt.build.taps import inference, set_mode
 from kompakt.errors import InputError, MissingExtraError, ModelError
+from kompakt.progress import track
 
 __all__ = [
     "EpochRecord",
@@ -77,17 +77,24 @@ def train(
         InputError: a tap, a shape, a label or the checkpoint folder does not fit.
         ModelError: a loss or a weight is not finite; the last good checkpoint stays.
     """
+    if teachers and not objective.terms:
+        raise InputError(
+            "a teacher was given, but the objective has no distillation term; add one, such as soft_targets"
+        )
     accelerator = _accelerator(hooks)
-    with _own_random_state(settings.seed + accelerator.process_index), _placed(model, accelerator, settings):
+    modules = [model, *(teacher.model for teacher in teachers if isinstance(teacher.model, nn.Module))]
+    with _own_random_state(settings.seed + accelerator.process_index), ExitStack() as stack:
         student = Student(model, objective, teachers)
+        for module in modules:
+            stack.enter_context(_placed(module, accelerator.device, settings.channels_last))
         if objective.terms:
             inputs, _ = next(iter(loader.batches(0)))
             student.add_projections(teachers, inputs.to(accelerator.device))
         run = _Run(student, loader, settings, teachers, regularizers, hooks, accelerator)
         run.go()
-        if hooks.tensorboard:
-            accelerator.end_training()
-        return TrainReport(history=tuple(run.history), steps=run.step, resumed_at=run.resumed_at)
+    if hooks.tensorboard is not None:
+        accelerator.end_training()
+    return TrainReport(history=tuple(run.history), steps=run.step, resumed_at=run.resumed_at)
 
 
 def _accelerator(hooks: Hooks) -> Accelerator:
@@ -114,18 +121,20 @@ def _own_random_state(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def _placed(model: nn.Module, accelerator: Accelerator, settings: TrainSettings) -> Iterator[None]:
-    """Move the model to the run's device and memory format for a block, and back after it."""
-    home = next((p.device for p in model.parameters()), torch.device("cpu"))
+def _placed(model: nn.Module, device: torch.device, channels_last: bool) -> Iterator[None]:
+    """Move a module to the run's device and memory format for a block, and give it its own back after it."""
+    home = next((p.device for p in model.parameters()), device)
     modes = [(module, module.training) for module in model.modules()]
-    model.to(accelerator.device)
-    if settings.channels_last:
+    images = [p for p in model.parameters() if p.ndim == 4]
+    relaid = channels_last and any(p.is_contiguous() for p in images)
+    model.to(device)
+    if relaid:
         model.to(memory_format=torch.channels_last)
     try:
         yield
     finally:
         model.to(home)
-        if settings.channels_last:
+        if relaid:
             model.to(memory_format=torch.contiguous_format)
         for module, training in modes:
             module.training = training
@@ -162,10 +171,9 @@ class _Run:
         self._restore()
         for hook in self.hooks.after_step:
             hook(self.student.model, self.step)
-        total = self.loader.steps * self.settings.epochs
-        with progress_bar(total, done=self.step, show=self.hooks.progress and self.accelerator.is_main_process) as tick:
-            while len(self.history) < self.settings.epochs:
-                self._epoch(tick)
+        while len(self.history) < self.settings.epochs:
+            self._epoch()
+        self.optimizer.zero_grad()
         if self.average:
             self.student.load_state_dict(self.average)
 
@@ -174,13 +182,17 @@ class _Run:
         self.spent_s = 0.0
         self.epoch_rng = rng_state()
 
-    def _epoch(self, tick: Callable[[str], None]) -> None:
+    def _epoch(self) -> None:
         epoch, start = len(self.history), time.perf_counter() - self.spent_s
         training_mode(self.student, self.settings.freeze_bn)
-        for inputs, labels in self._remaining(epoch):
+        left = (epoch + 1) * self.loader.steps - self.step
+        loss = f", loss {self.history[-1].loss:.3f}" if self.history else ""
+        show = self.hooks.progress and self.accelerator.is_main_process
+        for inputs, labels in track(
+            self._remaining(epoch), left, f"epoch {epoch + 1}/{self.settings.epochs}{loss}", show=show
+        ):
             self._train_step(inputs, labels)
             self.spent_s = time.perf_counter() - start
-            tick(f"epoch {epoch + 1}/{self.settings.epochs}, loss {self.sums[0] / self.sums[-1]:.3f}")
             if self.settings.checkpoint_every and self.step % self.settings.checkpoint_every == 0:
                 self._save()
         if (seen := self.step - epoch * self.loader.steps) < self.loader.steps:
@@ -337,7 +349,7 @@ class _Run:
                 f"{folder}: the checkpoint is of another model; take another folder, or delete it"
             ) from error
         self.optimizer.load_state_dict(state["optimizer"])
-        self.average = state["average"]
+        self.average = {name: value.to(self.accelerator.device) for name, value in state["average"].items()}
         self.history = [EpochRecord(**record) for record in state["history"]]
         self.step = self.resumed_at = state["step"]
         self.spent_s = state["spent_s"]
