@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kompakt.build.prune import removal
 from kompakt.errors import BudgetError, InputError
-from kompakt.graph.coupling import Coupling, Group
+from kompakt.graph.coupling import Cost, Coupling, Group
 from kompakt.methods.widths import knapsack
 from kompakt.plan.allocate import NamedCost
 from kompakt.plan.plan import Plan
