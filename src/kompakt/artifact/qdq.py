@@ -78,6 +78,8 @@ def to_integers(capture: Capture) -> fx.GraphModule:
             _spell_out_linear(module, node)
         elif _averages_image(node):
             _pool_globally(module, node)
+    # A weight that was spelled out has no reader left; storing it again would overwrite what was stored.
+    module.graph.eliminate_dead_code()
     for node in list(module.graph.nodes):
         if node.op != "call_module":
             continue
@@ -160,7 +162,7 @@ def _spell_out_linear(module: fx.GraphModule, node: fx.Node) -> None:
         return  # exported as Gemm, whose kernel takes the weight as it is
     weight = attribute(module, str(weight_node.args[0].target))
     integers = quantize(weight, made.scale, made.zero_point, made.spec).to(torch.int8).t().contiguous()
-    name = str(weight_node.args[0].target)
+    name = f"{weight_node.args[0].target}_transposed"
     with module.graph.inserting_before(node):
         parts = _named(integers, made.scale, made.zero_point.to(torch.int8))
         reads = [_buffer(module, name + end, value) for end, value in parts]
