@@ -46,7 +46,7 @@ class TeacherCache:
             raise InputError("a teacher that is not a module needs an identity, such as its file's digest")
         self.teacher, self.capacity = teacher, capacity
         self.folder = writable_folder(Path(folder) / f"part-{os.environ.get('RANK', '0')}")
-        self.identity = identity or weights_digest(teacher)
+        self.identity = identity or weights_digest(teacher)  # type: ignore[arg-type]
         self.asked = self.answered = 0
         self.rows: dict[bytes, int] = {}
         self.keys: np.ndarray | None = None
