@@ -149,7 +149,7 @@ def gather(indices: Tensor, codebook: Tensor) -> Tensor:
 def centroid_gradient(grad: Tensor, indices: Tensor, k: int, books: int = 1) -> Tensor:
     """Sum the weights' gradients over each shared value: ∂L/∂c_j = Σᵢ ∂L/∂wᵢ·[Iᵢ = j].
 
-    Deep Compression, arXiv:1510.00149, §3.3, eq. 3.
+    Deep Compression, arXiv:1510.00149, §3.3.
 
     Args:
         grad: ∂L/∂w, any shape, outputs first.
@@ -186,7 +186,7 @@ def power_of_two_levels(bits: int) -> Tensor:
 def apot_levels(bits: int) -> Tensor:
     """Return the grid of additive powers of two, 2^bits − 1 levels from −1 to 1.
 
-    APoT, Li, Dong and Wang 2020, arXiv:1909.13144, eq. 5, base bit width 2: with bits − 1 = 2n (a sign
+    APoT, Li, Dong and Wang 2020, arXiv:1909.13144, base bit width 2: with bits − 1 = 2n (a sign
     apart) a level is γ·Σᵢpᵢ, pᵢ ∈ {0, 2⁻ⁱ, 2⁻⁽ⁱ⁺ⁿ⁾, 2⁻⁽ⁱ⁺²ⁿ⁾}, i < n; with bits − 1 = 2n + 1 the last
     power is 2⁻⁽ⁱ⁺²ⁿ⁺¹⁾ and one term of {0, 2⁻²ⁿ} joins. γ makes the largest level 1.
 

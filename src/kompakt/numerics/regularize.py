@@ -30,7 +30,7 @@ def l1(weights: Iterable[Tensor]) -> Tensor:
 
 
 def bn_l1(scales: Iterable[Tensor]) -> Tensor:
-    """Return Σ|γ| over the batch norms' scales (network slimming, Liu et al. 2017, arXiv:1708.06519, eq. 1).
+    """Return Σ|γ| over the batch norms' scales (network slimming, Liu et al. 2017, arXiv:1708.06519).
 
     Args:
         scales: γ of each batch norm, (C,).
@@ -93,7 +93,7 @@ def growing_coefficient(step: int, *, every: int, increment: float, ceiling: flo
 
 
 def growing_penalty(groups: Iterable[Sequence[Member]], chosen: Iterable[Tensor], coefficient: float) -> Tensor:
-    """Return ½·λ·Σ‖w_{g,c}‖² over the channels chosen to go (GReg, arXiv:2012.09243, eq. 2).
+    """Return ½·λ·Σ‖w_{g,c}‖² over the channels chosen to go (GReg, arXiv:2012.09243).
 
     Its gradient is λ·w on the chosen channels alone, so that growing λ presses them to zero while
     the others adapt.

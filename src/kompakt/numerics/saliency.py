@@ -61,7 +61,7 @@ def bn_scale(scale: Tensor) -> Tensor:
 def geometric_median(weight: Tensor) -> Tensor:
     """Score channels by Σⱼ‖w_c − w_j‖₂: the nearest to the geometric median is the most replaceable.
 
-    FPGM, He et al. 2019, arXiv:1811.00250, eq. 6. Distances are taken in float64, so that equal
+    FPGM, He et al. 2019, arXiv:1811.00250. Distances are taken in float64, so that equal
     channels are at distance zero.
 
     Args:
@@ -77,7 +77,7 @@ def geometric_median(weight: Tensor) -> Tensor:
 def taylor(weight: Tensor, grad: Tensor) -> Tensor:
     """Score channels by (Σₖ wₖgₖ)², the squared first-order change of the loss when the channel goes.
 
-    Molchanov et al. 2019, arXiv:1906.10771, eq. 8. With one gradient for each batch the mean over
+    Molchanov et al. 2019, arXiv:1906.10771. With one gradient for each batch the mean over
     the batches is returned, as the paper does; with one for each example it is the (doubled) Fisher
     score of Theis et al. 2018, arXiv:1801.05787.
 
@@ -139,7 +139,7 @@ def obd(weight: Tensor, curvature: Tensor) -> Tensor:
 def obs(weight: Tensor, hessian: Tensor, damp: float = 0.01) -> Tensor:
     """Score weights by w²/(2·[H⁻¹]ⱼⱼ), the loss after the others have been mended optimally.
 
-    OBS (Hassibi and Stork 1993) for one layer: OBC, Frantar and Alistarh 2022, arXiv:2208.11580, eq. 3.
+    OBS (Hassibi and Stork 1993) for one layer: OBC, Frantar and Alistarh 2022, arXiv:2208.11580.
 
     Args:
         weight: (C, K), rows are outputs.
@@ -176,7 +176,7 @@ def damped(hessian: Tensor, damp: float) -> Tensor:
 def lamp(weight: Tensor) -> Tensor:
     """Score weights by wᵤ² / Σ{w_v² : |w_v| ≥ |wᵤ|} over the layer, comparable between layers.
 
-    LAMP, Lee et al. 2021, arXiv:2010.07611, eq. 1: the layer's largest weight scores 1, so no layer
+    LAMP, Lee et al. 2021, arXiv:2010.07611: the layer's largest weight scores 1, so no layer
     is ever emptied by a global threshold.
 
     Args:
