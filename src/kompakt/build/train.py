@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, is_tensorboard_available
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -100,11 +100,10 @@ def train(
 def _accelerator(hooks: Hooks) -> Accelerator:
     if hooks.tensorboard is None:
         return Accelerator(mixed_precision="no")
-    try:
-        accelerator = Accelerator(mixed_precision="no", log_with="tensorboard", project_dir=hooks.tensorboard)
-        accelerator.init_trackers("kompakt")
-    except (ImportError, ValueError) as error:
-        raise MissingExtraError("TensorBoard is not installed; try: pip install tensorboard") from error
+    if not is_tensorboard_available():
+        raise MissingExtraError("TensorBoard is not installed; try: pip install tensorboard")
+    accelerator = Accelerator(mixed_precision="no", log_with="tensorboard", project_dir=hooks.tensorboard)
+    accelerator.init_trackers("kompakt")
     return accelerator
 
 
@@ -277,6 +276,7 @@ class _Run:
 
     def _check_losses(self, total: Tensor, losses: list[Tensor]) -> None:
         if not torch.isfinite(total):
+            total, losses = total.detach(), [loss.detach() for loss in losses]
             parts = ", ".join(f"{name} {float(loss):.4g}" for name, loss in zip(self.names, losses, strict=True))
             raise ModelError(
                 f"step {self.step} (epoch {len(self.history)}): the loss is {float(total)} ({parts}); {self._advice()}"
