@@ -64,7 +64,7 @@ def layer(name: str, shape: tuple[int, ...], side: int, bits: float, index: int)
         weight_bits=bits,
         activation_bits=8,
         weight_sqnr_db=6.1 * bits - 3.4 + (index * 37 % 11) / 4,
-        output_sqnr_db=33.0 - 0.55 * index + (index * 53 % 17) / 5,
+        output_sqnr_db=33.0 - 0.55 * (index % 22) + (index * 53 % 17) / 5,
         latency_ms=round(params * side * side / 4.1e8 + 0.0012 + (index * 29 % 13) / 5000, 5),
         sensitivity=round(0.8 / (1 + index) + (index * 31 % 7) / 90, 4),
         note="kept at 8 bits: first layer" if index == 0 else ("kept at 8 bits: last layer" if name == "fc" else ""),

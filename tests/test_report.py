@@ -176,7 +176,8 @@ def test_the_headline_agrees_with_the_figures() -> None:
 def test_the_verdict_is_the_budgets() -> None:
     assert verdict(factory.result()).text == "Within the budget of 1 point"
     assert verdict(CASES["over budget"]()).text == "Over the budget of 0.2 points"
-    assert verdict(factory.bare()).tone == "plain"
+    assert verdict(factory.bare()).text == "No accuracy budget set"
+    assert verdict(unmeasured()).text == "Accuracy not measured, the budget of 1 point not checked"
 
 
 def test_an_interval_that_reaches_past_the_budget_is_said() -> None:
@@ -276,7 +277,7 @@ def test_terminal_tables_lose_no_figure_at_80_columns() -> None:
 def test_the_layer_table_keeps_the_largest_in_order() -> None:
     layers = factory.many_layers(60)
     table = layer_table(factory.result(layers=layers), limit=5)
-    shown = [str(cell).split()[-1] for cell in table.columns[0].cells]
+    shown = [str(cell) for cell in table.columns[1].cells]
     largest = sorted(layers, key=lambda layer: -layer.params)[:5]
     assert shown == [layer.name for layer in layers if layer in largest]
 

@@ -189,5 +189,8 @@ def test_colours_hold_their_contrast(show, scheme: str) -> None:
 def test_the_page_prints_whole_tables(show) -> None:
     page = show("400 layers")
     page.emulate_media(media="print")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    widths = page.evaluate("[...document.querySelectorAll('.plot .main-svg')].map((drawing) => drawing.clientWidth)")
+    assert max(widths) <= 640
     assert page.evaluate("(box => box.scrollHeight - box.clientHeight)(document.querySelector('.tall'))") <= 1
     assert page.evaluate("getComputedStyle(document.querySelector('.copy')).display") == "none"

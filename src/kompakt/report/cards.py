@@ -48,6 +48,11 @@ class Card:
 
 def headline(result: Result) -> str:
     """Say the result in one sentence, as in ``11.4× smaller, 2.1× faster, 0.42 points less accurate``."""
+    return ", ".join(claims(result))
+
+
+def claims(result: Result) -> tuple[str, ...]:
+    """The parts of the headline: bytes, time and accuracy, as far as they were measured."""
     before, after = result.baseline, result.compressed
     parts = [ratio_text(before.size_bytes, after.size_bytes, "smaller", "larger").replace("unchanged", "same size")]
     if before.latency_ms and after.latency_ms:
@@ -55,8 +60,9 @@ def headline(result: Result) -> str:
         parts.append(speed.replace("unchanged", "same speed"))
     if result.drop_points is not None:
         parts.append(_accuracy_words(result.drop_points))
-    text = ", ".join(part for part in parts if part)
-    return text[:1].upper() + text[1:]
+    sizes = f"{bytes_text(before.size_bytes)} → {bytes_text(after.size_bytes)}"
+    first, *others = [part for part in parts if part] or [sizes]
+    return first[:1].upper() + first[1:], *others
 
 
 def verdict(result: Result) -> Verdict:
@@ -67,6 +73,8 @@ def verdict(result: Result) -> Verdict:
         return Verdict(text=f"Over {what}" if limit is not None else "Budget not met", tone="bad")
     if limit is None:
         return Verdict(text="No accuracy budget set", tone="plain")
+    if result.drop_points is None:
+        return Verdict(text=f"Accuracy not measured, {what} not checked", tone="plain")
     return Verdict(text=f"Within {what}", tone="good")
 
 
@@ -104,7 +112,7 @@ def gauge(drop: float, interval: tuple[float, float], budget: float | None) -> G
 
 def _accuracy(result: Result) -> Card | None:
     before, after = result.baseline.accuracy, result.compressed.accuracy
-    change = f"{score(before)} → {score(after)}" if before is not None and after is not None else ""
+    change = _arrow(score(before), score(after)) if before is not None and after is not None else ""
     if result.drop_points is None:
         if after is None:
             return None
@@ -140,7 +148,7 @@ def _less(
     if before is None or after is None:
         return None
     factor, _, word = ratio_text(before, after, *words).partition(" ")
-    change = f"{write(before)} → {write(after)}"
+    change = _arrow(write(before), write(after))
     if not factor:
         return Card(title=title, value=write(after), unit="", change=change, details=details)
     return Card(
@@ -162,8 +170,10 @@ def _latency(before: Latency | None, after: Latency | None) -> Card | None:
 
 def _compute(result: Result) -> Card | None:
     before, after = result.baseline, result.compressed
+    if not before.macs or not after.macs:
+        return None
     params = ratio_text(before.params, after.params, "fewer", "more")
-    detail = f"Parameters: {count_text(before.params)} → {count_text(after.params)}"
+    detail = f"Parameters: {_arrow(count_text(before.params), count_text(after.params))}"
     details = (f"{detail}, {params}" if params else detail,)
     return _less("Compute (MACs)", before.macs, after.macs, count_text, ("less", "more"), details)
 
@@ -171,6 +181,11 @@ def _compute(result: Result) -> Card | None:
 def _examples(result: Result) -> tuple[str, ...]:
     count = result.compressed.examples
     return (f"On {plural(count, 'example')}",) if count else ()
+
+
+def _arrow(before: str, after: str) -> str:
+    """Write a change so that a line never ends between a number and its unit."""
+    return f"{before} → {after}".replace(" ", "\u00a0").replace("→\u00a0", "→ ")
 
 
 def _accuracy_words(drop: float) -> str:

@@ -13,19 +13,22 @@ from kompakt.report.numbers import MISSING
 from kompakt.report.steps import Step, steps_of
 
 Row = TypeVar("Row")
+LONGEST = 90
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
     """One cell: what is shown and the value that it is sorted by.
 
-    ``bar`` is the value as a share of the column's greatest; ``more`` is a second, lighter line.
+    ``full`` is the whole of a text that is shown shortened; ``bar`` is the value as a share of the
+    column's greatest; ``more`` is a second, lighter line.
     """
 
     text: str
     value: float | str | None
     bar: float | None = None
     more: str = ""
+    full: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,15 +75,15 @@ def step_columns(result: Result) -> tuple[Column, ...]:
         Column(
             title="Step",
             kind="name",
-            cells=tuple(Cell(text=step.label, value=step.label, more=step.did) for step in steps),
+            cells=tuple(_text(step.label, step.did) for step in steps),
         ),
         _figures("Accuracy", found, lambda m: m.accuracy, numbers.score_text),
         Column(title="Drop, points\n(95 % interval)", kind="number", cells=tuple(_drop(step) for step in steps)),
         _figures("File\nsize", found, lambda m: m.size_bytes, numbers.bytes_text),
         _figures("p50, ms", found, lambda m: m.latency_ms.p50 if m.latency_ms else None, _plain),
         _figures("p90, ms", found, lambda m: m.latency_ms.p90 if m.latency_ms else None, _plain),
-        _figures("MACs", found, lambda m: m.macs, numbers.count_text),
-        _figures("Params", found, lambda m: m.params, numbers.count_text),
+        _figures("MACs", found, lambda m: m.macs or None, numbers.count_text),
+        _figures("Params", found, lambda m: m.params or None, numbers.count_text),
         _figures("Bits a\nweight", found, lambda m: m.bits_per_weight, numbers.bits_text),
         _figures("Memory", found, lambda m: m.peak_memory_bytes, numbers.bytes_text),
     )
@@ -99,7 +102,12 @@ def _present(*columns: Column) -> tuple[Column, ...]:
 
 
 def _words(title: str, rows: Sequence[Row], read: Callable[[Row], str], kind: str = "text") -> Column:
-    return Column(title=title, kind=kind, cells=tuple(Cell(text=read(row), value=read(row)) for row in rows))
+    return Column(title=title, kind=kind, cells=tuple(_text(read(row)) for row in rows))
+
+
+def _text(text: str, more: str = "") -> Cell:
+    shown = numbers.elide(text, LONGEST)
+    return Cell(text=shown, value=text, more=more, full=text if shown != text else "")
 
 
 def _figures(

@@ -26,7 +26,12 @@ def frame(height: int, margin: dict[str, int]) -> Figure:
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "font": {"family": FONT, "size": 12, "color": GREY},
-        "hoverlabel": {"bgcolor": "#1c242d", "bordercolor": "#1c242d", "align": "left", "font": {"color": "#f2f5f8"}},
+        "hoverlabel": {
+            "bgcolor": "#1c242d",
+            "bordercolor": "#1c242d",
+            "align": "left",
+            "font": {"family": FONT, "color": "#f2f5f8"},
+        },
         "showlegend": False,
         "annotations": [],
         "shapes": [],

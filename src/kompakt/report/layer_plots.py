@@ -56,6 +56,7 @@ def _stack(tracks: Sequence[Track], names: Sequence[str]) -> Figure:
     layout["dragmode"] = "zoom" if len(names) > FEW_LAYERS else False
     layout["xaxis"] = _names_axis(names, numbers) if named else _numbers_axis()
     layout["xaxis"] |= {"anchor": f"y{len(tracks)}" if len(tracks) > 1 else "y", "fixedrange": len(names) <= FEW_LAYERS}
+    layout["xaxis"] |= {"unifiedhovertitle": {"text": "Layer"}, "spikecolor": GREY, "spikethickness": 1}
     layout["xaxis"] |= {"range": [0.4, len(names) + 0.6], "showgrid": False, "zeroline": False}
     data = []
     for number, track in enumerate(tracks):

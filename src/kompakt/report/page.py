@@ -63,7 +63,7 @@ def render(result: Result) -> str:
         .get_template("report.html.j2")
         .render(
             result=result,
-            headline=cards.headline(result),
+            claims=cards.claims(result),
             verdict=cards.verdict(result),
             cards=cards.cards(result),
             steps=steps_of(result),

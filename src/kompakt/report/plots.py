@@ -13,7 +13,7 @@ from kompakt.report.numbers import bytes_text, ms_text, plural, points_text, sco
 from kompakt.report.steps import Step, is_share, steps_of
 
 ROLE_COLOUR = {"baseline": GREY, "stage": SKY, "final": BLUE}
-ROW, TOP, BOTTOM = 52, 22, 50
+ROW, TOP, BOTTOM = 52, 22, 44
 LOG_FROM = 30.0
 
 
@@ -87,7 +87,8 @@ def _amounts(steps: Sequence[Step], values: list[float], layout: Figure, ends: S
     """Bars from zero, or dots on a log scale where the values differ too much for bars to be read."""
     if min(values) > 0 and max(values) / min(values) > LOG_FROM:
         low, high = floor(log10(min(values))), log10(max(*values, *ends))
-        layout["xaxis"] |= {"type": "log", "range": [low - 0.05, high + 0.15], "dtick": 1}
+        pad = 0.08 * (high - low)
+        layout["xaxis"] |= {"type": "log", "range": [low - pad, high + pad], "dtick": 1}
         return _dots(steps, values)
     layout["xaxis"] |= {"range": [0, 1.06 * max(*values, *ends, 1e-9)]}
     marker = {"color": [ROLE_COLOUR[step.role] for step in steps], "line": {"width": 0}}

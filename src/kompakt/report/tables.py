@@ -1,5 +1,7 @@
 """Tables for the terminal: a result on one screen of 80 columns."""
 
+from collections.abc import Callable, Sequence
+
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -11,13 +13,14 @@ from kompakt.report.numbers import MISSING, ratio_text
 from kompakt.report.steps import Step, steps_of
 
 STYLE = {"good": "bold green", "bad": "bold red", "plain": "bold"}
+LONGEST = 60
 
 
 def summary_table(result: Result) -> Group:
     """Make the summary of a run: the headline, before and after, the stages, and the verdict."""
-    parts: list[Text | Table] = [Text(headline(result), style="bold"), _before_after(result)]
+    parts: list[Text | Table] = [Text(headline(result), style="bold"), Text(), _before_after(result), Text()]
     if len(steps_of(result)) > 2:
-        parts.append(stage_table(result))
+        parts += [stage_table(result), Text()]
     said = verdict(result)
     line = Text(said.text, style=STYLE[said.tone])
     if result.drop_points is not None:
@@ -27,18 +30,9 @@ def summary_table(result: Result) -> Group:
 
 def stage_table(result: Result) -> Table:
     """Make the table of all steps: accuracy, drop, bytes and time after each."""
-    table = _table("Step", ("Accuracy", "Drop", "Size", "p50", "MACs"))
-    for step in steps_of(result):
-        found = step.measurement
-        table.add_row(
-            Text(step.label, style="bold" if step.role == "final" else ""),
-            numbers.score_text(found.accuracy),
-            _step_drop(step),
-            numbers.bytes_text(found.size_bytes),
-            numbers.ms_text(found.latency_ms.p50 if found.latency_ms else None),
-            numbers.count_text(found.macs),
-        )
-    return table
+    steps = steps_of(result)
+    names = [Text(numbers.elide(step.label, LONGEST), style="bold" if step.role == "final" else "") for step in steps]
+    return _table({"Step": names}, ("Accuracy", "Drop", "Size", "p50", "MACs"), [_step_cells(step) for step in steps])
 
 
 def layer_table(result: Result, limit: int | None = 30) -> Table:
@@ -51,11 +45,13 @@ def layer_table(result: Result, limit: int | None = 30) -> Table:
     layers = list(enumerate(result.layers, start=1))
     shown = layers
     if limit is not None and len(layers) > limit:
-        largest = sorted(layers, key=lambda item: (-item[1].params, item[0]))[:limit]
-        shown = sorted(largest, key=lambda item: item[0])
-    table = _table("Layer", ("Params", "MACs", "Bits w/a", "SQNR", "Time"))
-    for number, layer in shown:
-        table.add_row(_layer_name(number, layer), *_layer_cells(layer))
+        shown = sorted(sorted(layers, key=lambda item: (-item[1].params, item[0]))[:limit], key=lambda item: item[0])
+    first = {
+        "#": [Text(str(number), style="dim") for number, _ in shown],
+        "Layer": [Text(numbers.elide(layer.name, LONGEST)) for _, layer in shown],
+    }
+    titles = ("Params", "MACs", "Bits w/a", "SQNR", "Time")
+    table = _table(first, titles, [_layer_cells(layer) for _, layer in shown])
     if len(shown) < len(layers):
         table.caption = f"the {len(shown)} largest of {numbers.plural(len(layers), 'layer')}"
     return table
@@ -63,35 +59,49 @@ def layer_table(result: Result, limit: int | None = 30) -> Table:
 
 def _before_after(result: Result) -> Table:
     before, after = result.baseline, result.compressed
-    table = _table("", ("Baseline", "Compressed", "Change"))
-    for name, one, other, change in (
-        ("Accuracy", numbers.score_text(before.accuracy), numbers.score_text(after.accuracy), _change(result)),
-        _row("File size", before.size_bytes, after.size_bytes, numbers.bytes_text, ("smaller", "larger")),
-        _row("Latency, p50", _p50(before), _p50(after), numbers.ms_text, ("faster", "slower")),
-        _row("MACs", before.macs, after.macs, numbers.count_text, ("fewer", "more")),
-        _row("Parameters", before.params, after.params, numbers.count_text, ("fewer", "more")),
-        _row("Bits a weight", before.bits_per_weight, after.bits_per_weight, numbers.bits_text, ("fewer", "more")),
-        _row("Memory", before.peak_memory_bytes, after.peak_memory_bytes, numbers.bytes_text, ("less", "more")),
-    ):
-        if (one, other) != (MISSING, MISSING):
-            table.add_row(Text(name), one, other, change)
-    return table
+    accuracy = (numbers.score_text(before.accuracy), numbers.score_text(after.accuracy), _change(result))
+    rows = {
+        "Accuracy": accuracy,
+        "File size": _row(before.size_bytes, after.size_bytes, numbers.bytes_text, ("smaller", "larger")),
+        "Latency, p50": _row(_p50(before), _p50(after), numbers.ms_text, ("faster", "slower")),
+        "MACs": _row(before.macs or None, after.macs or None, numbers.count_text, ("fewer", "more")),
+        "Parameters": _row(before.params or None, after.params or None, numbers.count_text, ("fewer", "more")),
+        "Bits a weight": _row(before.bits_per_weight, after.bits_per_weight, numbers.bits_text, ("fewer", "more")),
+        "Memory": _row(before.peak_memory_bytes, after.peak_memory_bytes, numbers.bytes_text, ("less", "more")),
+    }
+    measured = {name: row for name, row in rows.items() if row[:2] != (MISSING, MISSING)}
+    names = [Text(name) for name in measured]
+    return _table({"": names}, ("Baseline", "Compressed", "Change"), list(measured.values()))
 
 
-def _table(first: str, others: tuple[str, ...]) -> Table:
+def _table(first: dict[str, list[Text]], titles: Sequence[str], rows: Sequence[tuple[str, ...]]) -> Table:
+    """A table of some columns of texts, then of figures; figures that no row has are left out."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim", caption_justify="left")
-    table.add_column(first, overflow="fold", min_width=13)
-    for name in others:
-        table.add_column(name, justify="right", no_wrap=True)
+    for title in first:
+        table.add_column(title, overflow="fold", justify="right" if title == "#" else "left")
+    kept = [column for column in range(len(titles)) if any(row[column] != MISSING for row in rows)]
+    for column in kept:
+        table.add_column(titles[column], justify="right", no_wrap=True)
+    for names, row in zip(zip(*first.values(), strict=True), rows, strict=True):
+        table.add_row(*names, *(row[column] for column in kept))
     return table
 
 
-def _row(name, before, after, write, words) -> tuple[str, str, str, str]:  # type: ignore[no-untyped-def]
-    return name, write(before), write(after), ratio_text(before, after, *words)
+def _row(
+    before: float | None, after: float | None, write: Callable[[float | None], str], words: tuple[str, str]
+) -> tuple[str, str, str]:
+    return write(before), write(after), ratio_text(before, after, *words)
 
 
-def _layer_name(number: int, layer: Layer) -> Text:
-    return Text.assemble((f"{number:>3} ", "dim"), layer.name)
+def _step_cells(step: Step) -> tuple[str, ...]:
+    found = step.measurement
+    return (
+        numbers.score_text(found.accuracy),
+        MISSING if step.drop is None else numbers.points_text(step.drop.points),
+        numbers.bytes_text(found.size_bytes),
+        numbers.ms_text(_p50(found)),
+        numbers.count_text(found.macs or None),
+    )
 
 
 def _layer_cells(layer: Layer) -> tuple[str, ...]:
@@ -119,7 +129,3 @@ def _change(result: Result) -> str:
 def _drop_words(result: Result) -> str:
     interval = "" if result.drop_ci95 is None else f", 95 %: {numbers.interval_text(result.drop_ci95)}"
     return f"{numbers.points_text(result.drop_points)} points{interval}"
-
-
-def _step_drop(step: Step) -> str:
-    return MISSING if step.drop is None else numbers.points_text(step.drop.points)

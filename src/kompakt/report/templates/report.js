@@ -1,5 +1,6 @@
 "use strict";
 const NAME_PX = 12;
+const PAPER_PX = { layers: 640, step: 296 };
 
 function fitted(figure, width) {
   const axis = figure.layout.xaxis;
@@ -14,9 +15,8 @@ function fitted(figure, width) {
   return layout;
 }
 
-function draw(element) {
+function draw(element, width = element.clientWidth) {
   const figure = JSON.parse(document.getElementById(element.dataset.figure).textContent);
-  const width = element.clientWidth;
   Plotly.react(element, figure.data, { ...fitted(figure, width), width }, { displayModeBar: false });
 }
 
@@ -34,6 +34,11 @@ function drawPlots() {
     draw(element);
     watch.observe(element);
   }
+  // A page is laid out for paper only after this event, too late for the observer.
+  addEventListener("beforeprint", () => {
+    for (const element of plots) draw(element, element.id === "plot-layers" ? PAPER_PX.layers : PAPER_PX.step);
+  });
+  addEventListener("afterprint", () => plots.forEach((element) => draw(element)));
 }
 
 function compare(one, other) {
