@@ -87,7 +87,7 @@ def ternarize_exact(weight: Tensor, per: Per = "channel") -> tuple[Tensor, Tenso
     """Return the signs in {−1, 0, 1} and scales of least squared error.
 
     With the magnitudes sorted, the n largest are kept that maximise (Σ|w|)²/n (TWN, arXiv:1605.04711,
-    eq. 5, solved by trying every n).
+    its objective solved by trying every n).
 
     Args:
         weight: (C, ...).
