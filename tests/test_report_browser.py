@@ -186,11 +186,13 @@ def test_colours_hold_their_contrast(show, scheme: str) -> None:
     assert shown == expected
 
 
-def test_the_page_prints_whole_tables(show) -> None:
+def test_the_page_prints_whole_tables_and_plots_that_fit_the_paper(show) -> None:
     page = show("400 layers")
-    page.emulate_media(media="print")
+    widest = "Math.max(...[...document.querySelectorAll('.plot .main-svg')].map((drawing) => drawing.clientWidth))"
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
-    widths = page.evaluate("[...document.querySelectorAll('.plot .main-svg')].map((drawing) => drawing.clientWidth)")
-    assert max(widths) <= 640
+    assert page.evaluate(widest) <= 640
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.evaluate(widest) > 1000
+    page.emulate_media(media="print")
     assert page.evaluate("(box => box.scrollHeight - box.clientHeight)(document.querySelector('.tall'))") <= 1
     assert page.evaluate("getComputedStyle(document.querySelector('.copy')).display") == "none"
