@@ -99,7 +99,7 @@ def ternarize_exact(weight: Tensor, per: Per = "channel") -> tuple[Tensor, Tenso
     rows = _rows(weight, per).double()
     magnitude = rows.abs()
     ordered, order = magnitude.sort(dim=1, descending=True, stable=True)
-    count = torch.arange(1, rows.shape[1] + 1)
+    count = torch.arange(1, rows.shape[1] + 1, device=rows.device)
     totals = ordered.cumsum(1)
     best = (totals.square() / count).argmax(1, keepdim=True)
     rank = torch.empty_like(order).scatter_(1, order, count.expand_as(order) - 1)

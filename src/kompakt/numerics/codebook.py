@@ -51,7 +51,7 @@ def kmeans1d(
     rows, importance = _checked(values.reshape(1, -1), weights)
     _enough(rows, k)
     ordered = sort_rows(rows, importance)
-    centroids = lloyd(ordered, _start(ordered, k, start, generator), iterations)[0].to(values.dtype)
+    centroids = lloyd(ordered, _start(ordered, k, start, generator), iterations)[0].to(values)
     return centroids, nearest(values, centroids)
 
 
@@ -77,7 +77,7 @@ def optimal1d(values: Tensor, k: int, weights: Tensor | None = None, *, bins: in
     rows, importance = _checked(values.reshape(1, -1), weights)
     _enough(rows, k)
     ordered = sort_rows(rows, importance)
-    centroids = lloyd(ordered, kmeans.optimal(ordered, k, bins))[0].to(values.dtype)
+    centroids = lloyd(ordered, kmeans.optimal(ordered, k, bins))[0].to(values)
     return centroids, nearest(values, centroids)
 
 
@@ -130,7 +130,7 @@ def share(
     if keep_zeros:
         books = torch.cat([books, torch.zeros(len(rows), 1, dtype=rows.dtype)], dim=1).sort(1).values
     codebook = books.to(weight.dtype)
-    return _nearest_rows(rows, codebook).reshape(weight.shape), codebook
+    return _nearest_rows(rows, codebook).reshape(weight.shape).to(weight.device), codebook.to(weight.device)
 
 
 def gather(indices: Tensor, codebook: Tensor) -> Tensor:
@@ -234,7 +234,7 @@ def share_levels(
         Indices, uint8, the shape of ``weight``; codebooks (G, k), multiples of ``levels``.
     """
     rows, worth = _checked(_book_rows(weight, granularity, channels), importance)
-    ordered, grid = sort_rows(rows, worth), levels.double()
+    ordered, grid = sort_rows(rows, worth), levels.double().cpu()
     top = rows.abs().amax(1, keepdim=True)
     best = torch.where(top > 0, top, 1.0)
     least = torch.full_like(best, torch.inf)
@@ -245,7 +245,7 @@ def share_levels(
             best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
             scale = torch.where(fitted > 0, fitted, scale)
     codebook = (best * grid).to(weight.dtype)
-    return _nearest_rows(rows, codebook).reshape(weight.shape), codebook
+    return _nearest_rows(rows, codebook).reshape(weight.shape).to(weight.device), codebook.to(weight.device)
 
 
 def _scale_error(ordered: SortedRows, grid: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -274,18 +274,18 @@ def _book_rows(weight: Tensor, granularity: str, channels: int) -> Tensor:
 
 
 def _checked(rows: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rows and importance as float64 (G, n), or an InputError."""
+    """Rows and importance as float64 (G, n) on the CPU, or an InputError."""
     if not rows.numel():
         raise InputError("a codebook needs at least one value")
     if not torch.isfinite(rows).all():
         raise InputError("NaN or infinity among the weights; no codebook can hold them")
     if weights is None:
-        return rows.double(), torch.ones_like(rows, dtype=torch.float64)
+        return rows.double().cpu(), torch.ones(rows.shape, dtype=torch.float64)
     if weights.numel() != rows.numel():
         raise InputError(f"{weights.numel()} importances for {rows.numel()} weights")
     if not torch.isfinite(weights).all() or (weights < 0).any():
         raise InputError("importances must be finite and not negative; clamp the Hessian's diagonal at 0")
-    return rows.double(), weights.reshape(rows.shape).double()
+    return rows.double().cpu(), weights.reshape(rows.shape).double().cpu()
 
 
 def _distinct(rows: Tensor) -> Tensor:

@@ -275,12 +275,12 @@ def _removal_order(w: Tensor, inverse: Tensor, n_of_m: NM | None) -> tuple[Tenso
     rows, columns = w.shape
     keep, run = n_of_m if n_of_m is not None else (0, columns)
     steps = columns // run * (run - keep)
-    every = torch.arange(rows)
-    ids = torch.arange(columns).repeat(rows, 1)
-    free = torch.full((rows, columns // run), run - keep)  # how many may still go from each run
-    alive = torch.ones(rows, columns, dtype=torch.bool)
+    every = torch.arange(rows, device=w.device)
+    ids = torch.arange(columns, device=w.device).repeat(rows, 1)
+    free = ids.new_full((rows, columns // run), run - keep)  # how many may still go from each run
+    alive = torch.ones_like(w, dtype=torch.bool)
     inv = inverse.repeat(rows, 1, 1)
-    order, losses = torch.zeros(rows, steps, dtype=torch.long), torch.zeros(rows, steps)
+    order, losses = ids.new_zeros(rows, steps), w.new_zeros(rows, steps)
     for step in range(steps):
         diagonal = inv.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(w.dtype).tiny)
         blocked = ~alive | (free.gather(1, ids // run) == 0)
