@@ -90,7 +90,7 @@ def test_bad_names_and_missing_inputs_are_refused() -> None:
     model, graph = net()
     with pytest.raises(InputError, match="no layer has such a name"):
         sparse(graph, model.state_dict(), SparseKnobs(sparsity=0.5, ignore=("conv9",)))
-    with pytest.raises(InputError, match="needs grad of 0.weight"):
+    with pytest.raises(InputError, match=r"needs grad of 0\.weight"):
         masks(
             sparse(graph, model.state_dict(), SparseKnobs(sparsity=0.5, criterion="sensitivity"))[0], model.state_dict()
         )

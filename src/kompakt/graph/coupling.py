@@ -147,7 +147,8 @@ def couple(graph: Graph) -> Coupling:
     found.labels.settle()
     root = found.labels.roots()
     slots = {(name, dim): root[labels] for name, dims in found.tensors.items() for dim, labels in enumerate(dims)}
-    sets = _sets(slots, found)
+    producers = found.producers()
+    sets = _sets(slots, producers)
     unit = np.zeros(int(root.max()) + 1, dtype=np.int64)
     groups = []
     count = 0
@@ -157,7 +158,7 @@ def couple(graph: Graph) -> Coupling:
             count += len(roots)
     for name, (roots, members) in sets.items():
         if len(roots) >= 2:
-            groups.append(_group(name, unit[roots], {slot: unit[slots[slot]] for slot in members}, found))
+            groups.append(_group(name, unit[roots], {slot: unit[slots[slot]] for slot in members}, producers))
     return Coupling(
         graph=graph,
         groups=tuple(groups),
@@ -176,7 +177,7 @@ def groups(graph: Graph) -> tuple[tuple[Group, ...], tuple[Left, ...]]:
 Slot = tuple[str, int]
 
 
-def _sets(slots: Mapping[Slot, Array], found: Flow) -> dict[str, tuple[Array, list[Slot]]]:
+def _sets(slots: Mapping[Slot, Array], producers: Mapping[Slot, Array]) -> dict[str, tuple[Array, list[Slot]]]:
     """Gather units that are made by the same layers: name → (their roots, all slots that they touch)."""
     order = {name: number for number, name in enumerate(slots)}
     where: dict[int, list[Slot]] = defaultdict(list)
@@ -185,7 +186,6 @@ def _sets(slots: Mapping[Slot, Array], found: Flow) -> dict[str, tuple[Array, li
             if value:
                 where[int(value)].append(slot)
     by_makers: dict[tuple[Slot, ...], list[int]] = defaultdict(list)
-    producers = found.producers()
     for value, touched in where.items():
         makers = tuple(slot for slot in touched if slot in producers)
         if makers:  # what no layer makes is an input of a kind: coordinates, a table that is looked up
@@ -205,10 +205,9 @@ def _sets(slots: Mapping[Slot, Array], found: Flow) -> dict[str, tuple[Array, li
     return result
 
 
-def _group(name: str, units: Array, slots: Mapping[Slot, Array], found: Flow) -> Group:
+def _group(name: str, units: Array, slots: Mapping[Slot, Array], producers: Mapping[Slot, Array]) -> Group:
     """Write a group as plain data."""
     members = []
-    producers = found.producers()
     for (tensor, dim), labels in slots.items():
         owned: dict[int, list[int]] = {int(unit): [] for unit in units}
         for index, value in enumerate(labels.tolist()):
