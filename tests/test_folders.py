@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_image_folder
+from PIL import Image
 
 from kompakt import cache as cache_module
 from kompakt.data import Split, check_classes, open_data
@@ -197,18 +198,30 @@ def test_a_second_run_reads_the_cache_and_a_changed_file_is_seen(
     assert entry.exists()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows keeps no time of change beside the time of writing")
+def test_other_pixels_under_the_old_size_and_time_are_seen(image_folder: Path) -> None:
+    first = everything(open_data(str(image_folder), input_size=16).test)[0]
+    path = image_folder / "test" / "red" / "000.bmp"
+    for colour in (0, 200):
+        Image.new("RGB", (16, 16), (colour, 0, 0)).save(path)
+        os.utime(path, (1, 1))
+        images = everything(open_data(str(image_folder), input_size=16).test)[0]
+        assert not torch.equal(images, first)
+        first = images
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
 def test_a_damaged_cache_is_rebuilt(
     image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
     monkeypatch.setenv("KOMPAKT_CACHE", str(tmp_path / "cache"))
-    first = everything(open_data(str(image_folder), input_size=16).train)[0]
+    first = everything(open_data(str(image_folder), input_size=16).test)[0]
     (entry,) = (tmp_path / "cache").iterdir()
     whole = entry.read_bytes()
     flipped = whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:]
     entry.write_bytes({"flip": flipped, "cut": whole[:-100], "empty": b""}[damage])
     data = open_data(str(image_folder), input_size=16)
-    assert torch.equal(everything(data.train)[0], first)
+    assert torch.equal(everything(data.test)[0], first)  # its images come last, where the damage is
     again, broken = cache_module.read_cache(tmp_path / "cache", entry.stem.removeprefix("decoded-")) or (None, None)
     assert again is not None  # it was written anew
     assert again.shape == (36, 3, 16, 16)

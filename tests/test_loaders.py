@@ -102,6 +102,12 @@ def test_loaders_come_in_batches_of_any_size_and_repeat(loaders: str) -> None:
     assert torch.equal(*(everything(data.train, shuffle=True, generator=generator(1))[0] for _ in range(2)))
 
 
+def test_a_loader_with_its_own_generator_repeats_too() -> None:
+    dataset = TensorDataset(torch.arange(20.0)[:, None], torch.zeros(20))
+    split = loader_split(DataLoader(dataset, 4, shuffle=True, generator=generator(9)), "loader")
+    assert torch.equal(everything(split)[0], everything(split)[0])
+
+
 def test_a_subset_or_a_limit_of_a_loader_is_its_beginning(loaders: str) -> None:
     train = open_data(f"{loaders}:good").train
     assert torch.equal(everything(train, limit=9)[0], everything(train)[0][:9])

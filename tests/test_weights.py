@@ -60,6 +60,13 @@ def test_shared_tensors_are_written_once_and_restored(tmp_path: Path) -> None:
     assert fresh.second.weight is fresh.first.weight
 
 
+def test_the_record_of_shared_tensors_has_one_order(tmp_path: Path) -> None:
+    model = nn.Sequential(*[nn.Linear(2, 2)] * 6)  # five more names for one layer
+    for number in range(5):
+        save_weights(model, tmp_path / f"{number}.safetensors")
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+
+
 def test_safetensors_own_reader_takes_what_was_saved(tmp_path: Path) -> None:
     from safetensors.torch import load_model as theirs
 
