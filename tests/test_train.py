@@ -17,7 +17,7 @@ from train_toy import CLASSES, SAMPLES, toy_data, toy_loader, toy_net, toy_setti
 
 from kompakt.build.checkpoint import FILE
 from kompakt.build.optimize import learning_rate_at, make_optimizer
-from kompakt.build.settings import Hooks, Loader, TrainSettings, shuffled
+from kompakt.build.settings import Hooks, Loader, TrainSettings, data_seed, shuffled
 from kompakt.build.train import evaluate, reestimate_bn, train
 from kompakt.errors import FormatError, InputError, MissingExtraError, ModelError
 
@@ -50,9 +50,9 @@ def test_equals_a_hand_written_loop():
     rest = [p for p in other.parameters() if p.ndim == 1]
     groups = [{"params": kernels, "weight_decay": 1e-2}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.SGD(groups, lr=0.05, momentum=0.9, nesterov=True)
-    torch.manual_seed(0)
     losses, step = [], 0
     for epoch in range(2):
+        torch.manual_seed(data_seed(0, epoch))
         for inputs, labels in toy_loader().batches(epoch):
             for group in optimizer.param_groups:
                 group["lr"] = 0.05 * (1 + math.cos(math.pi * step / 12)) / 2
@@ -114,7 +114,7 @@ def test_channels_last_and_bf16_train_alike():
 def test_killed_and_resumed_gives_the_same_weights(tmp_path):
     """A process that is killed at a random step, with a checkpoint every step, goes on here."""
     steps, folder = random.Random(7).randrange(3, 20), tmp_path / "run"
-    command = [sys.executable, str(Path(__file__).with_name("train_toy.py")), str(folder)]
+    command = [sys.executable, str(Path(__file__).with_name("train_toy.py")), "killed", str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             if int(line) >= steps:
@@ -314,6 +314,8 @@ def test_bad_input_is_one_line():
         train(toy_net().requires_grad_(False), toy_loader(), PLAIN)
     with pytest.raises(InputError, match="no batch"):
         replace(toy_loader(), steps=0)
+    with pytest.raises(InputError, match="no batch"):
+        train(toy_net(), Loader(batches=lambda epoch: (), steps=1), PLAIN)
     for changes in ({"epochs": 0}, {"learning_rate": -1}, {"schedule": "step"}, {"ema": 1.0}, {"warmup_epochs": 3}):
         with pytest.raises(InputError, match=f"{next(iter(changes))} .*: expected"):
             replace(PLAIN, **changes)

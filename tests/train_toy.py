@@ -1,6 +1,7 @@
 """A small problem that trains in a fraction of a second, and a process that trains on it until it is killed."""
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -47,13 +48,40 @@ def toy_settings(folder: Path | None = None, **changes) -> TrainSettings:
     return TrainSettings(**{**given, **changes})
 
 
-def train_until_killed(folder: str) -> None:
+def train_until_killed(folder: Path) -> None:
+    """Print every step that is done."""
     from kompakt.build.train import train
 
-    torch.set_num_threads(1)
     hooks = Hooks(after_step=(lambda _model, step: print(step, flush=True),))
-    train(toy_net(), toy_loader(), toy_settings(Path(folder)), hooks=hooks)
+    train(toy_net(), toy_loader(), toy_settings(folder), hooks=hooks)
+
+
+def train_distributed(folder: Path) -> nn.Module:
+    """Train with a teacher, a projection and odd batches, stop after 5 steps, go on from the checkpoint."""
+    from kompakt.build.distill import Objective, Teacher, Term
+    from kompakt.build.train import train
+
+    def interrupt(_model: nn.Module, step: int) -> None:
+        if step == 5:
+            raise KeyboardInterrupt
+
+    terms = (Term(loss="soft_targets", weight=0.5), Term(loss="hint", teacher="4", student="4"))
+    model, settings = toy_net(dropout=0), toy_settings(folder, epochs=2, freeze_bn=True, checkpoint_every=4)
+    given = {"objective": Objective(terms=terms), "teachers": (Teacher(model=toy_net(1, width=12)),)}
+    with suppress(KeyboardInterrupt):
+        train(model, toy_loader(19), settings, **given, hooks=Hooks(after_step=(interrupt,)))
+    model = toy_net(dropout=0)
+    report = train(model, toy_loader(19), settings, **given)
+    assert report.resumed_at == 4
+    print(report.history[-1].loss, report.history[-1].accuracy)
+    return model
 
 
 if __name__ == "__main__":
-    train_until_killed(sys.argv[1])
+    torch.set_num_threads(1)
+    if sys.argv[1] == "killed":
+        train_until_killed(Path(sys.argv[2]))
+    else:
+        model = train_distributed(Path(sys.argv[2]))
+        torch.save(model.state_dict(), Path(sys.argv[2]) / f"weights-{torch.distributed.get_rank()}.pt")
+        torch.distributed.destroy_process_group()

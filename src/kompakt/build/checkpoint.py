@@ -1,6 +1,5 @@
 """Checkpoints of a training run: one file, written atomically, read without running pickled code."""
 
-import random
 from pathlib import Path
 from typing import Any
 
@@ -52,17 +51,3 @@ def load_checkpoint(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | 
                 "take another checkpoint folder, or delete it"
             )
     return state
-
-
-def rng_state() -> dict[str, Any]:
-    """Return the states of torch's generators (CPU and every GPU) and of Python's."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate()}
-
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Set the generators to what ``rng_state`` returned."""
-    torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
-    random.setstate(state["python"])

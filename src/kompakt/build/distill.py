@@ -201,12 +201,8 @@ def bridge(student: Tensor, teacher: Tensor, where: str) -> nn.Module | None:
     if student.shape == teacher.shape:
         return None
     axis = 1 if student.ndim == 4 else -1
-    rest = [list(x.shape) for x in (student, teacher)]
-    if student.ndim != teacher.ndim or student.ndim < 2:
-        rest = [[0], [1]]
-    for shape in rest:
-        del shape[axis]
-    if rest[0] != rest[1]:
+    rest, wanted = ([size for i, size in enumerate(x.shape) if i != axis % x.ndim] for x in (student, teacher))
+    if rest != wanted or student.ndim < 2:
         raise InputError(
             f"{where}: {shape_text(student)} cannot be projected to the teacher's {shape_text(teacher)}; "
             "tap both at the same resolution"

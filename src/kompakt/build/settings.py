@@ -115,11 +115,16 @@ class Batched(Protocol):
         """Yield batches of inputs and labels."""
 
 
+def data_seed(seed: int, epoch: int) -> int:
+    """Return the seed of an epoch's data in a run of a given seed."""
+    return seed * 1_000_003 + epoch
+
+
 def shuffled(split: Batched, batch_size: int, *, seed: int = 0, augment: Any = None) -> Loader:
     """Return the loader that visits ``split`` in a new order every epoch, the same for the same seed."""
 
     def batches(epoch: int) -> Iterator[Batch]:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        generator = torch.Generator().manual_seed(data_seed(seed, epoch))
         return split.batches(batch_size, shuffle=True, generator=generator, augment=augment)
 
     return Loader(batches=batches, steps=math.ceil(len(split) / batch_size))

@@ -112,7 +112,9 @@ class TeacherCache:
         for name, (shape, dtype) in shapes.items():
             path = self.folder / f"{name}.npy"
             try:
-                mapped = np.lib.format.open_memmap(path, mode=mode, shape=shape if mode == "w+" else None, dtype=dtype)
+                if mode == "r+":
+                    np.lib.format.open_memmap(path, mode="r")  # r+ would lengthen a file that is too short
+                mapped = np.lib.format.open_memmap(path, mode=mode, shape=shape, dtype=dtype)
             except (ValueError, OSError) as error:
                 raise FormatError(f"{path}: not a readable array; delete {self.folder} to start anew") from error
             if mapped.shape != shape or mapped.dtype != dtype:

@@ -4,12 +4,10 @@ The loop is ours; devices, processes and trackers are ``accelerate``'s. Under ``
 process takes its share of every global batch, so that any number of processes trains alike.
 """
 
-import random
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from itertools import islice
 from typing import Any
 
 import torch
@@ -19,10 +17,11 @@ from accelerate.utils import gather_object, is_tensorboard_available
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kompakt.build.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
+from kompakt.build.checkpoint import load_checkpoint, save_checkpoint
 from kompakt.build.distill import Objective, Student, Teacher, distillation_losses, teacher_features, term_names
 from kompakt.build.evaluate import Evaluation, evaluate, reestimate_bn
 from kompakt.build.optimize import average_into, learning_rate_at, make_optimizer
+from kompakt.build.randomness import current, drawing_from, resume, seeded
 from kompakt.build.settings import (
     Batch,
     EpochRecord,
@@ -31,6 +30,7 @@ from kompakt.build.settings import (
     Regularizer,
     TrainReport,
     TrainSettings,
+    data_seed,
     shuffled,
 )
 from kompakt.build.taps import inference, set_mode
@@ -83,14 +83,15 @@ def train(
         )
     accelerator = _accelerator(hooks)
     modules = [model, *(teacher.model for teacher in teachers if isinstance(teacher.model, nn.Module))]
-    with _own_random_state(settings.seed + accelerator.process_index), ExitStack() as stack:
+    with drawing_from(seeded(settings.seed + accelerator.process_index)), ExitStack() as stack:
         student = Student(model, objective, teachers)
         for module in modules:
             stack.enter_context(_placed(module, accelerator.device, settings.channels_last))
-        if objective.terms:
-            inputs, _ = next(iter(loader.batches(0)))
-            student.add_projections(teachers, inputs.to(accelerator.device))
+        with drawing_from(seeded(data_seed(settings.seed, 0))):
+            inputs, labels = (x.to(accelerator.device) for x in first_batch(loader))
+        student.add_projections(teachers, inputs)
         run = _Run(student, loader, settings, teachers, regularizers, hooks, accelerator)
+        run.rehearse(inputs, labels)
         run.go()
     if hooks.tensorboard is not None:
         accelerator.end_training()
@@ -98,25 +99,15 @@ def train(
 
 
 def _accelerator(hooks: Hooks) -> Accelerator:
+    # Without cpu=True, accelerate takes every process of torchrun for a run of its own where there is no GPU.
+    cpu = None if torch.accelerator.is_available() else True
     if hooks.tensorboard is None:
-        return Accelerator(mixed_precision="no")
+        return Accelerator(mixed_precision="no", cpu=cpu)
     if not is_tensorboard_available():
         raise MissingExtraError("TensorBoard is not installed; try: pip install tensorboard")
-    accelerator = Accelerator(mixed_precision="no", log_with="tensorboard", project_dir=hooks.tensorboard)
+    accelerator = Accelerator(mixed_precision="no", cpu=cpu, log_with="tensorboard", project_dir=hooks.tensorboard)
     accelerator.init_trackers("kompakt")
     return accelerator
-
-
-@contextmanager
-def _own_random_state(seed: int) -> Iterator[None]:
-    """Seed the global generators for a block, and give the caller's states back after it."""
-    before = rng_state()
-    torch.manual_seed(seed)
-    random.seed(seed)
-    try:
-        yield
-    finally:
-        set_rng_state(before)
 
 
 @contextmanager
@@ -137,6 +128,17 @@ def _placed(model: nn.Module, device: torch.device, channels_last: bool) -> Iter
             model.to(memory_format=torch.contiguous_format)
         for module, training in modes:
             module.training = training
+
+
+def first_batch(loader: Loader) -> Batch:
+    """Return the first batch of the first epoch.
+
+    Raises:
+        InputError: there is none.
+    """
+    for batch in loader.batches(0):
+        return batch
+    raise InputError("the data give no batch: nothing to train on")
 
 
 class _Run:
@@ -165,6 +167,11 @@ class _Run:
         self.step = self.resumed_at = 0
         self._open_epoch()
 
+    def rehearse(self, inputs: Tensor, labels: Tensor) -> None:
+        """Compute the losses once without training, so that what does not fit is said before anything changes."""
+        with inference(self.student):
+            self._losses(self.student, inputs, labels)
+
     def go(self) -> None:
         """Train to the end, from the checkpoint if there is one."""
         self._restore()
@@ -179,7 +186,6 @@ class _Run:
     def _open_epoch(self) -> None:
         self.sums = torch.zeros(len(self.names) + 3, dtype=torch.float64)  # loss, losses…, right answers, samples
         self.spent_s = 0.0
-        self.epoch_rng = rng_state()
 
     def _epoch(self) -> None:
         epoch, start = len(self.history), time.perf_counter() - self.spent_s
@@ -199,16 +205,22 @@ class _Run:
         self._close_epoch(start)
 
     def _remaining(self, epoch: int) -> Iterator[Batch]:
-        """Yield the epoch's batches after those that a resumed run has done already."""
+        """Yield the epoch's batches after those that a resumed run has done already.
+
+        The data draw from a stream of their own that depends on seed and epoch alone: it is the same on all
+        processes and, once the batches that were done are drawn again, in a resumed run.
+        """
         done = self.step - epoch * self.loader.steps
-        now = rng_state()
-        set_rng_state(self.epoch_rng)
-        batches = islice(self.loader.batches(epoch), self.loader.steps)
-        for _ in range(done):
-            next(batches)
-        if done:
-            set_rng_state(now)
-        yield from batches
+        stream = seeded(data_seed(self.settings.seed, epoch))
+        batches = None
+        for number in range(self.loader.steps):
+            with drawing_from(stream):
+                batches = batches or iter(self.loader.batches(epoch))
+                batch = next(batches, None)
+            if batch is None:
+                return
+            if number >= done:
+                yield batch
 
     def _train_step(self, inputs: Tensor, labels: Tensor) -> None:
         inputs, labels, share = self._share(inputs, labels)
@@ -216,11 +228,7 @@ class _Run:
         rate = learning_rate_at(self.settings, self.step, self.loader.steps * self.settings.epochs)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"):
-            theirs = [teacher_features(teacher, self.student.terms, inputs) for teacher in self.teachers]
-            output, ours = self.wrapped(inputs)
-        losses = [self._task(output, labels)]
-        losses += distillation_losses(self.student.terms, self.teachers, theirs, ours, labels)
+        output, losses = self._losses(self.wrapped, inputs, labels)
         weights = self.student.objective.weights_at(epoch, self.settings.epochs)
         data_loss = torch.stack([w * loss for w, loss in zip(weights, losses, strict=True)]).sum()
         if self.regularizers:
@@ -229,6 +237,14 @@ class _Run:
         self._check_losses(data_loss + regularization, losses)
         self._descend(share * data_loss + regularization)
         self._count([data_loss + regularization, *losses], output, labels, share)
+
+    def _losses(self, student: nn.Module, inputs: Tensor, labels: Tensor) -> tuple[Any, list[Tensor]]:
+        """Return the model's output, and the losses of the task and of every term."""
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"):
+            theirs = [teacher_features(teacher, self.student.terms, inputs) for teacher in self.teachers]
+            output, ours = student(inputs)
+        task = self._task(output, labels)
+        return output, [task, *distillation_losses(self.student.terms, self.teachers, theirs, ours, labels)]
 
     def _share(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, float]:
         """Return this process's part of a global batch, and the factor that keeps the mean gradient the batch's.
@@ -322,7 +338,7 @@ class _Run:
         if self.settings.checkpoint is None:
             return
         self._check_weights()
-        rng = gather_object([{"now": rng_state(), "epoch": self.epoch_rng}])
+        rng = gather_object([current()])
         sums = self.accelerator.reduce(self.sums.to(self.accelerator.device), reduction="sum").cpu()
         if self.accelerator.is_main_process:
             state = {
@@ -360,8 +376,7 @@ class _Run:
             raise InputError(
                 f"{folder}: written by {len(state['rng'])} processes, now there are {self.accelerator.num_processes}"
             )
-        self.epoch_rng = state["rng"][rank]["epoch"]
-        set_rng_state(state["rng"][rank]["now"])
+        resume(state["rng"][rank])
 
 
 def training_mode(model: nn.Module, freeze_bn: bool) -> None:
