@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from kompakt.errors import InputError
 from kompakt.numerics.grid import affine_params, dequantize, quantize, saturation_free, saturation_scale
-from kompakt.numerics.moments import Conv, output_error, patches, second_moment
+from kompakt.numerics.moments import Conv, cross_moment, output_error, patches, second_moment
 from kompakt.numerics.ranges import weight_range
-from kompakt.numerics.rounding import Annealing, Reconstruction, adaround, descend, gptq
+from kompakt.numerics.rounding import Annealing, Reconstruction, adaround, descend, gptq, retarget
 from kompakt.spec import PerChannel, PerGroup, PerTensor, QuantSpec
 
 CONVS = (
@@ -185,6 +185,45 @@ def test_dead_and_dependent_inputs() -> None:
     assert torch.equal(descend(w, q, hessian, params)[:, 7], nearest[:, 7])
     assert output_error(w, dequantize(q, *params), hessian) < output_error(w, dequantize(nearest, *params), hessian)
     assert torch.equal(gptq(w, torch.zeros(1, 48, 48), *params), nearest)
+
+
+def apply_layer(x: Tensor, w: Tensor, conv: Conv | None) -> Tensor:
+    return F.linear(x, w) if conv is None else run(x, w, conv)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv", "grouped", "depthwise"])
+def test_retargeted_weights_mend_the_errors_of_the_inputs(kind: str) -> None:
+    x, unseen, w, conv = layer(kind)
+
+    def spoilt(values: Tensor) -> Tensor:
+        """What integers of two bits and wrong weights before this layer make of its inputs."""
+        axis = -1 if conv is None else 1
+        wrong = 0.7 * values + 0.3 * values.roll(1, dims=axis)
+        return (wrong / 0.8).round().clamp(0, 3) * 0.8
+
+    cross, hessian = cross_moment(x, spoilt(x), conv), second_moment(spoilt(x), conv)
+    mended = retarget(w, cross, hessian)
+    spec = QuantSpec(bits=4, granularity=PerChannel())
+    truth = apply_layer(unseen, w, conv)
+
+    def lost(weight: Tensor) -> float:
+        return float((apply_layer(spoilt(unseen), weight, conv) - truth).square().mean())
+
+    # A depthwise layer cannot undo what mixed its channels.
+    share = 0.95 if kind == "depthwise" else 0.8
+    assert lost(mended) < share * lost(w)
+    rounded = [dequantize(gptq(v, hessian, *grid(v, spec)), *grid(v, spec)) for v in (w, mended)]
+    assert lost(rounded[1]) < share * lost(rounded[0])
+
+
+def test_retargeting_changes_nothing_where_the_inputs_are_the_same() -> None:
+    x, _, w, conv = layer("grouped")
+    hessian = second_moment(x, conv)
+    assert torch.equal(cross_moment(x, x.clone(), conv), hessian)
+    torch.testing.assert_close(retarget(w, hessian, hessian), w)
+    torch.testing.assert_close(retarget(w, hessian * 0, hessian * 0), w)
+    with pytest.raises(InputError, match="expected equal shapes"):
+        cross_moment(x, x[:1], conv)
 
 
 def test_what_does_not_fit_is_refused() -> None:

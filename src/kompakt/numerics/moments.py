@@ -6,6 +6,7 @@ arXiv 2210.17323).
 """
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -68,17 +69,37 @@ def second_moment(x: Tensor, conv: Conv | None = None) -> Tensor:
     Returns:
         float32, ``(groups, k, k)`` with ``k`` the length of a row of ``weight.flatten(1)``.
     """
-    x = x.detach().float()
+    return cross_moment(x, x, conv)
+
+
+def cross_moment(x: Tensor, y: Tensor, conv: Conv | None = None) -> Tensor:
+    """Sum ``x yᵀ`` for two inputs of one layer, such as that of the float and of the quantized model.
+
+    Args:
+        x: one input, see ``second_moment``.
+        y: the other, of the same shape.
+        conv: the convolution's arguments; None for a linear layer.
+
+    Returns:
+        float32, ``(groups, k, k)``.
+
+    Raises:
+        InputError: the inputs differ in shape.
+    """
+    if x.shape != y.shape:
+        raise InputError(
+            f"inputs of shapes {tuple(x.shape)} and {tuple(y.shape)} of one layer: expected the same shape"
+        )
+    left, right = x.detach().float(), y.detach().float()
     if conv is None:
-        flat = x.reshape(-1, x.shape[-1])
-        return (flat.T @ flat)[None]
-    taps = torch.Size(conv.kernel).numel()
+        return (left.reshape(-1, left.shape[-1]).T @ right.reshape(-1, right.shape[-1]))[None]
+    taps = prod(conv.kernel)
     size = max(1, CHUNK_VALUES // max(1, taps * x[0].numel()))
     width = x.shape[1] // conv.groups * taps
-    total = x.new_zeros(conv.groups, width, width)
-    for part in x.split(size):
-        columns = patches(part, conv)
-        total.baddbmm_(columns.mT, columns)
+    total = left.new_zeros(conv.groups, width, width)
+    for a, b in zip(left.split(size), right.split(size), strict=True):
+        columns = patches(a, conv)
+        total.baddbmm_(columns.mT, columns if x is y else patches(b, conv))
     return total
 
 

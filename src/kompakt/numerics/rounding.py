@@ -23,6 +23,29 @@ STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1
 MOST_DAMPING = 10.0
 
 
+def retarget(w: Tensor, cross: Tensor, hessian: Tensor, damp: float = 0.01) -> Tensor:
+    """Find the float weight that does on the quantized model's inputs what ``w`` did on the float model's.
+
+    Minimizes ``‖w x - v x̂‖² + λ ‖v - w‖²``: ``v = w + w (C - H) (H + λ)⁻¹`` with ``C = Σ x x̂ᵀ`` and
+    ``H = Σ x̂ x̂ᵀ``. Rounding ``v`` instead of ``w`` lets each layer mend the errors of those before it. (Nagel et
+    al. 2020, §3.3, reconstruct asymmetrically too; Li et al. 2025 (GPTAQ), arXiv 2504.02692.)
+
+    Args:
+        w: float weight, dimension 0 the output channels.
+        cross: ``(groups, k, k)``, ``cross_moment`` of float and quantized inputs.
+        hessian: ``(groups, k, k)``, ``second_moment`` of the quantized inputs.
+        damp: λ as a share of the mean diagonal of ``hessian``.
+
+    Returns:
+        float32 of the shape of ``w``.
+    """
+    _check(w, hessian)
+    mean = hessian.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    damped = hessian + torch.where(mean > 0, damp * mean, 1.0) * torch.eye(hessian.shape[1], device=hessian.device)
+    flat = w.detach().float().reshape(hessian.shape[0], -1, hessian.shape[1])
+    return w.detach().float() + torch.linalg.solve(damped, (flat @ (cross - hessian)).mT).mT.reshape(w.shape)
+
+
 def gptq(
     w: Tensor, hessian: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec, damp: float = 0.01, block: int = 128
 ) -> Tensor:
@@ -47,9 +70,8 @@ def gptq(
     Raises:
         InputError: the second moments do not fit the weight, or are not finite.
     """
+    _check(w, hessian)
     groups, width, _ = hessian.shape
-    if w.shape[0] % groups or w[0].numel() != width:
-        raise InputError(f"second moments {tuple(hessian.shape)} do not fit a weight of shape {tuple(w.shape)}")
     order = hessian.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
     factor = _inverse_factor(_permuted(hessian, order), damp)
     layout = (groups, w.shape[0] // groups, width)
@@ -59,6 +81,14 @@ def gptq(
     return torch.empty_like(q).scatter_(2, columns, q).reshape(w.shape)
 
 
+def _check(w: Tensor, hessian: Tensor) -> None:
+    groups, width, _ = hessian.shape
+    if w.shape[0] % groups or w[0].numel() != width:
+        raise InputError(f"second moments {tuple(hessian.shape)} do not fit a weight of shape {tuple(w.shape)}")
+    if not bool(torch.isfinite(hessian).all()):
+        raise InputError("second moments hold NaN or infinite values; look for overflow in the layer's input")
+
+
 def _permuted(hessian: Tensor, order: Tensor) -> Tensor:
     by_row = hessian.float().gather(1, order[:, :, None].expand_as(hessian))
     return by_row.gather(2, order[:, None, :].expand_as(hessian))
@@ -66,8 +96,6 @@ def _permuted(hessian: Tensor, order: Tensor) -> Tensor:
 
 def _inverse_factor(hessian: Tensor, damp: float) -> Tensor:
     """Factor ``H⁻¹ = Uᵀ U``, with dead columns cut off and damping on the diagonal."""
-    if not bool(torch.isfinite(hessian).all()):
-        raise InputError("second moments hold NaN or infinite values; look for overflow in the layer's input")
     diagonal = hessian.diagonal(dim1=1, dim2=2)
     mean = diagonal.mean(1, keepdim=True)
     mean = torch.where(mean > 0, mean, 1.0)
