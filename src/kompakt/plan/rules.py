@@ -140,9 +140,14 @@ def _with_sources(graph: Graph, marked: set[str]) -> dict[str, str | None]:
     for op in reversed(graph.ops):
         if op.name not in marked:
             continue
-        inputs = data_inputs(graph, op)
-        moves = op.kind in MOVES and len(inputs) == 1
-        like[op.name] = inputs[0] if moves else None
-        if moves:
-            marked.add(inputs[0])
+        like[op.name] = _source(graph, op)
+        marked.update(filter(None, [like[op.name]]))
     return {op.name: like[op.name] for op in graph.ops if op.name in like and op.dtype == "float32"}
+
+
+def _source(graph: Graph, op: Op) -> str | None:
+    """The op whose values ``op`` only moves, or None; never a list of tensors, which has no grid."""
+    inputs = data_inputs(graph, op)
+    if op.kind not in MOVES or len(inputs) != 1:
+        return None
+    return _source(graph, graph.by_name[inputs[0]]) if op.kind == "getitem" else inputs[0]
