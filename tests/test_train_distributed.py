@@ -20,7 +20,8 @@ def test_two_processes_give_the_weights_of_one(tmp_path):
     single = train_distributed(tmp_path / "one").state_dict()
     first, second = (torch.load(tmp_path / "two" / f"weights-{rank}.pt", weights_only=True) for rank in (0, 1))
     start = toy_net(dropout=0).state_dict()
-    assert max((single[name] - start[name]).abs().max() for name in single) > 0.02
+    assert max((single[name] - start[name]).abs().max() for name in start) > 0.02
+    assert torch.equal(single["spare"], torch.ones(2, 2))
     for name, value in single.items():
         assert torch.equal(first[name], second[name]), name
         assert torch.allclose(first[name], value, atol=1e-5, rtol=0), name

@@ -1,5 +1,6 @@
 """A small problem that trains in a fraction of a second, and a process that trains on it until it is killed."""
 
+import copy
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -66,11 +67,12 @@ def train_distributed(folder: Path) -> nn.Module:
             raise KeyboardInterrupt
 
     terms = (Term(loss="soft_targets", weight=0.5), Term(loss="hint", teacher="4", student="4"))
-    model, settings = toy_net(dropout=0), toy_settings(folder, epochs=2, freeze_bn=True, checkpoint_every=4)
+    settings = toy_settings(folder, epochs=2, freeze_bn=True, checkpoint_every=4)
     given = {"objective": Objective(terms=terms), "teachers": (Teacher(model=toy_net(1, width=12)),)}
-    with suppress(KeyboardInterrupt):
-        train(model, toy_loader(19), settings, **given, hooks=Hooks(after_step=(interrupt,)))
     model = toy_net(dropout=0)
+    model.register_parameter("spare", nn.Parameter(torch.ones(2, 2)))  # no loss uses it
+    with suppress(KeyboardInterrupt):
+        train(copy.deepcopy(model), toy_loader(19), settings, **given, hooks=Hooks(after_step=(interrupt,)))
     report = train(model, toy_loader(19), settings, **given)
     assert report.resumed_at == 4
     print(report.history[-1].loss, report.history[-1].accuracy)
