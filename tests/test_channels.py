@@ -207,3 +207,44 @@ def test_criteria_that_need_more_say_so() -> None:
         unit_scores(coupling, model.state_dict(), Scoring(criterion="taylor"))
     with pytest.raises(InputError, match="needs input_norm"):
         unit_scores(coupling, model.state_dict(), Scoring(criterion="wanda"))
+
+
+def test_a_latency_table_made_of_macs_gives_the_budget_of_macs() -> None:
+    from math import prod
+
+    from kompakt.methods.latency import cases, latency_cost
+
+    model, coupling = resnet()
+    widths = {group.name: [group.size // 4, group.size // 2, group.size] for group in coupling.groups}
+    listed = cases(coupling, widths)
+    assert len(set(listed)) == len(listed) > len(coupling.graph.layers)
+    stem = next(case for case in listed if case.input == (1, 3, 16, 16) and case.weight[0] == 4)
+    assert (stem.weight, stem.settings[0]) == ((4, 3, 3, 3), (1, 1))
+    times = {case: float(prod(case.weight) * prod(case.input[2:])) for case in listed}
+    full = sum(times[case] for case in cases(coupling, {name: [max(w)] for name, w in widths.items()}))
+    cost = latency_cost(coupling, widths, times, 0.7 * full)
+    scores = unit_scores(coupling, model.state_dict())
+    chosen = knapsack(coupling, scores, widths, {}, {"latency_ms": cost})
+    assert any(width < max(widths[name]) for name, width in chosen.items())
+    with pytest.raises(InputError, match="no time was measured"):
+        latency_cost(coupling, widths, {}, 1.0)
+
+
+def test_the_least_sensitive_group_gives_way() -> None:
+    from kompakt.methods.sensitivity import measured_drops
+
+    model, coupling = resnet()
+    scores = unit_scores(coupling, model.state_dict())
+    nn_output = model(EXAMPLE).detach()
+    drops = measured_drops(model, coupling, scores, lambda m: -float((m(EXAMPLE).detach() - nn_output).abs().mean()))
+    assert set(drops) == {group.name for group in coupling.groups}
+    assert all(drop >= 0 for curve in drops.values() for drop in curve.values())
+    cheap = {
+        name: {w: (0.0 if name == "layer3.0.conv1" else d + 1.0) for w, d in c.items()} for name, c in drops.items()
+    }
+    plan = channels(coupling, scores, Knobs(fewer_macs=1.1, allocation="sensitivity"), drops=cheap)
+    widths = kept_widths(coupling, plan)
+    assert widths["layer3.0.conv1"] == 16
+    assert coupling.cost_after(units_of(coupling, plan)).macs <= coupling.graph.macs / 1.1
+    with pytest.raises(InputError, match="needs measured drops"):
+        channels(coupling, scores, Knobs(ratio=0.5, allocation="sensitivity"))

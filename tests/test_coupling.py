@@ -55,6 +55,17 @@ class Split(nn.Module):
         return self.out(self.a(a) * torch.sigmoid(self.b(b)))
 
 
+class SplitBySize(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 5
+        self.conv, self.a, self.c = nn.Conv2d(3, 13, 1), nn.Conv2d(5, 5, 1, groups=5), nn.Conv2d(13, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, third = torch.split(self.conv(x), self.width, 1)
+        return self.c(torch.cat([self.a(first), second + first, third], 1))
+
+
 class Grouped(nn.Module):
     def __init__(self, channels: int = 16, groups: int = 8) -> None:
         super().__init__()
@@ -183,6 +194,7 @@ EXACT: dict[str, Callable[[], nn.Module]] = {
     "concat": Concat,
     "chunk": Chunk,
     "split": Split,
+    "split by size": SplitBySize,
     "grouped, whole groups": Grouped,
     "grouped, places in every group": lambda: Grouped(16, 2),
     "depthwise": Depthwise,

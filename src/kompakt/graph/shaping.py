@@ -91,17 +91,21 @@ def _with(shape: tuple[int, ...], axis: int, size: int) -> tuple[int, ...]:
 
 
 def _pieces(found: Flow, op: Op) -> tuple[Dims, ...]:
-    """Chunk and split: equal pieces must stay equal, so that the same places go in all of them."""
+    """Chunk and split: the same places go in all pieces, so that equal pieces stay equal.
+
+    Of a split by size the last piece may be shorter, and stays no longer than the others. The sizes of a
+    split by a list are free, unless they are all equal.
+    """
     dims = found.first(op)
     axis = place(op.arguments.get("dim", 0), len(dims))
     sizes = [shape[axis] for shape in op.shapes]
     starts = [0, *np.cumsum(sizes)]
     parts = [dims[axis][begin:end] for begin, end in pairwise(starts)]
-    if len(set(sizes)) == 1:
+    if len(set(sizes)) == 1 or isinstance(op.arguments.get("split_size"), int):
         for part in parts[1:]:
-            found.labels.unite(parts[0], part, "pieces of a split stay equal")
-    elif op.kind in ("chunk", "split"):
-        found.labels.freeze(dims[axis], "split into unequal pieces")
+            found.labels.unite(parts[0][: len(part)], part, "pieces of a split stay equal")
+    elif op.kind in ("chunk", "tensor_split"):
+        found.labels.freeze(dims[axis], "cut into unequal pieces by their number")
     return tuple((*dims[:axis], part, *dims[axis + 1 :]) for part in parts)
 
 

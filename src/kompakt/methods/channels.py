@@ -12,11 +12,12 @@ from torch import Tensor
 from kompakt.build.prune import removal
 from kompakt.errors import BudgetError, InputError
 from kompakt.graph.coupling import Cost, Coupling, Group
-from kompakt.methods.widths import knapsack
+from kompakt.methods.widths import knapsack, least_drop
 from kompakt.plan.allocate import NamedCost
 from kompakt.plan.plan import Plan
 
 STEPS = 40
+ALLOCATIONS = ("uniform", "global", "knapsack", "sensitivity")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,10 @@ class Knobs:
         fewer_macs: how many times fewer multiply–accumulates, e.g. 2.0.
         fewer_params: how many times fewer parameters.
         allocation: ``uniform``: the same share of every group; ``global``: the lowest scores of all
-            groups together; ``knapsack``: the most score kept within the budget, solved exactly.
+            groups together; ``knapsack``: the most score kept within the budget, solved exactly;
+            ``sensitivity``: the least sum of measured drops within the budget, solved exactly. The last two
+            read a ``ratio`` r as 1/(1 − r)² times fewer multiply–accumulates; a measured latency is one more
+            budget for them.
         align: widths become multiples of this many channels, where a group is wide enough.
         min_width: channels that every group keeps at least.
         max_ratio: the largest share of one group that may go.
@@ -57,8 +61,8 @@ class Knobs:
         for name, times in (("fewer_macs", self.fewer_macs), ("fewer_params", self.fewer_params)):
             if times is not None and times <= 1:
                 raise InputError(f"{name}: {times} is not above 1; 2.0 halves them")
-        if self.allocation not in ("uniform", "global", "knapsack"):
-            raise InputError(f"allocation {self.allocation!r} is unknown; use uniform, global or knapsack")
+        if self.allocation not in ALLOCATIONS:
+            raise InputError(f"allocation {self.allocation!r} is unknown; use {', '.join(ALLOCATIONS)}")
         if self.align < 1 or self.min_width < 1:
             raise InputError("align and min_width are at least 1")
 
@@ -67,6 +71,8 @@ def channels(
     coupling: Coupling,
     scores: Mapping[str, Tensor],
     knobs: Knobs,
+    *,
+    drops: Mapping[str, Mapping[int, float]] | None = None,
     costs: Mapping[str, NamedCost[str, int]] | None = None,
 ) -> Plan:
     """Plan the removal of channels.
@@ -75,7 +81,9 @@ def channels(
         coupling: what can be removed.
         scores: group name → (size,) scores, the larger the more worth keeping (``unit_scores``).
         knobs: how far and how.
-        costs: further budgets for the knapsack (measured latency by width in units, bytes), by kind.
+        drops: for the sensitivity allocation, group name → width in units → measured drop
+            (``kompakt.methods.sensitivity.measured_drops``); groups that it leaves out stay whole.
+        costs: further budgets for the exact allocations, by kind: measured latency (``latency_cost``), bytes.
 
     Returns:
         A plan of ``Prune`` and ``Mend`` entries.
@@ -89,17 +97,16 @@ def channels(
     free = tuple(group for group in coupling.groups if group.name not in whole)
     if not free:
         raise InputError("no channels can be removed: every layer is ignored or left whole")
-    limits = {group.name: _limit(coupling, group, knobs) for group in free}
+    limits = {group.name: _limit(group, knobs) for group in free}
     if knobs.allocation == "knapsack":
-        widths = knapsack(
-            coupling,
-            scores,
-            {g.name: _options(coupling, g, limits, knobs) for g in free},
-            _budget(coupling, knobs),
-            costs,
-        )
+        offered = {group.name: _options(group, limits, knobs) for group in free}
+        widths = knapsack(coupling, scores, offered, _budget(coupling, knobs), costs)
+    elif knobs.allocation == "sensitivity":
+        widths = least_drop(coupling, _offered(free, limits, drops), _budget(coupling, knobs), costs)
     else:
         widths = _search(coupling, scores, free, limits, knobs, own)
+    widths = _tied(coupling, widths)
+    free = tuple(group for group in free if group.name in widths)
     return removal(coupling, {group.name: _lowest(scores[group.name], widths[group.name]) for group in free})
 
 
@@ -123,7 +130,7 @@ def _search(
     def assign(share: float) -> dict[str, int]:
         kept = {group.name: _kept(group, share, scores, pooled) for group in free}
         kept |= {group.name: round(group.size * (1 - own[group.name])) for group in free if group.name in own}
-        return _tied(coupling, {g.name: _rounded(coupling, g, kept[g.name], limits[g.name], knobs) for g in free})
+        return _tied(coupling, {g.name: _rounded(g, kept[g.name], limits[g.name], knobs) for g in free})
 
     if knobs.ratio is not None:
         return assign(knobs.ratio)
@@ -151,7 +158,7 @@ def _kept(group: Group, share: float, scores: Mapping[str, Tensor], pooled: np.n
     return int((scores[group.name].detach().cpu().double().numpy() >= threshold).sum())
 
 
-def _rounded(coupling: Coupling, group: Group, kept: int, limit: int, knobs: Knobs) -> int:
+def _rounded(group: Group, kept: int, limit: int, knobs: Knobs) -> int:
     """Round a width in units to a multiple of ``align`` channels, not below the limit nor above the size."""
     step = _step(group, knobs.align)
     rounded = round(kept / step) * step if group.size >= step else group.size
@@ -164,18 +171,29 @@ def _step(group: Group, align: int) -> int:
     return max(1, align // gcd(align, each))
 
 
-def _limit(coupling: Coupling, group: Group, knobs: Knobs) -> int:
+def _limit(group: Group, knobs: Knobs) -> int:
     """The fewest units that a group may keep."""
     each = max((len(indices) for member in group.makers for indices in member.indices), default=1)
     return min(group.size, max(1, ceil(knobs.min_width / each), ceil(group.size * (1 - knobs.max_ratio))))
 
 
-def _options(coupling: Coupling, group: Group, limits: Mapping[str, int], knobs: Knobs) -> list[int]:
+def _options(group: Group, limits: Mapping[str, int], knobs: Knobs) -> list[int]:
     """Offer up to nine widths of a group."""
-    raw = {
-        _rounded(coupling, group, round(group.size * eighths / 8), limits[group.name], knobs) for eighths in range(9)
-    }
+    raw = {_rounded(group, round(group.size * eighths / 8), limits[group.name], knobs) for eighths in range(9)}
     return sorted(raw)
+
+
+def _offered(
+    free: Sequence[Group], limits: Mapping[str, int], drops: Mapping[str, Mapping[int, float]] | None
+) -> dict[str, dict[int, float]]:
+    """Take from measured drops the groups and widths that the knobs allow; the full width costs nothing."""
+    if not drops:
+        raise InputError("the sensitivity allocation needs measured drops; give data to measure them on")
+    return {
+        group.name: {group.size: 0.0, **{w: d for w, d in drops[group.name].items() if w >= limits[group.name]}}
+        for group in free
+        if group.name in drops
+    }
 
 
 def _tied(coupling: Coupling, widths: dict[str, int]) -> dict[str, int]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from kompakt.graph.coupling import Coupling
 from kompakt.graph.graph import Op
 from kompakt.graph.labels import Array
-from kompakt.plan.allocate import NamedCost, allocate_widths
+from kompakt.plan.allocate import NamedCost, allocate_widths, assign
 
 Factors = dict[str | None, float]
 
@@ -50,13 +50,30 @@ def knapsack(
         BudgetError: the budgets cannot be met.
     """
     named = {kind: _named(coupling, widths, kind, budget) for kind, budget in budgets.items()}
-    positive = {name: _positive(scores[name]) for name in widths}
-    choice = allocate_widths(positive, widths, {**named, **(costs or {})}).choice
-    return dict(choice)
+    values = {name: scores[name].detach().cpu().double().numpy() for name in widths}
+    return dict(allocate_widths(values, widths, {**named, **(costs or {})}).choice)
 
 
-def _positive(scores: Tensor) -> Array:
-    return np.asarray(scores.detach().cpu().double().numpy())
+def least_drop(
+    coupling: Coupling,
+    drops: Mapping[str, Mapping[int, float]],
+    budgets: Mapping[str, float],
+    costs: Mapping[str, NamedCost[str, int]] | None = None,
+) -> dict[str, int]:
+    """Choose a width for every group so that the measured drops add up to the least and every budget holds.
+
+    Args:
+        coupling: the groups.
+        drops: group name → width in units → drop of the model's score with this group alone at that width.
+        budgets: ``macs`` and ``params`` → what may not be exceeded.
+        costs: further costs by kind, for instance measured latency.
+
+    Raises:
+        BudgetError: the budgets cannot be met.
+    """
+    widths = {name: sorted(offered) for name, offered in drops.items()}
+    named = {kind: _named(coupling, widths, kind, budget) for kind, budget in budgets.items()}
+    return dict(assign(drops, {**named, **(costs or {})}, maximise=False).choice)
 
 
 def _named(coupling: Coupling, widths: Mapping[str, Sequence[int]], kind: str, budget: float) -> NamedCost[str, int]:
