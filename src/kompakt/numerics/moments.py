@@ -87,9 +87,7 @@ def cross_moment(x: Tensor, y: Tensor, conv: Conv | None = None) -> Tensor:
         InputError: the inputs differ in shape.
     """
     if x.shape != y.shape:
-        raise InputError(
-            f"inputs of shapes {tuple(x.shape)} and {tuple(y.shape)} of one layer: expected the same shape"
-        )
+        raise InputError(f"inputs of one layer of shapes {tuple(x.shape)} and {tuple(y.shape)}: expected equal shapes")
     left, right = x.detach().float(), y.detach().float()
     if conv is None:
         return (left.reshape(-1, left.shape[-1]).T @ right.reshape(-1, right.shape[-1]))[None]
