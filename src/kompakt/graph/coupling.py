@@ -206,19 +206,19 @@ def _sets(slots: Mapping[Slot, Array], producers: Mapping[Slot, Array]) -> dict[
 
 
 def _group(name: str, units: Array, slots: Mapping[Slot, Array], producers: Mapping[Slot, Array]) -> Group:
-    """Write a group as plain data."""
-    members = []
+    """Write a group, whose units have consecutive numbers, as plain data."""
+    members, first = [], int(units[0])
     for (tensor, dim), labels in slots.items():
-        owned: dict[int, list[int]] = {int(unit): [] for unit in units}
-        for index, value in enumerate(labels.tolist()):
-            if value in owned:
-                owned[value].append(index)
+        inside = np.flatnonzero((labels >= first) & (labels < first + len(units)))
+        owned: list[list[int]] = [[] for _ in units]
+        for index, place in zip(inside.tolist(), (labels[inside] - first).tolist(), strict=True):
+            owned[place].append(index)
         members.append(
             Member(
                 tensor=tensor,
                 dim=dim,
                 size=len(labels),
-                indices=tuple(tuple(owned[int(unit)]) for unit in units),
+                indices=tuple(tuple(indices) for indices in owned),
                 makes=(tensor, dim) in producers,
             )
         )
@@ -227,12 +227,13 @@ def _group(name: str, units: Array, slots: Mapping[Slot, Array], producers: Mapp
 
 def _left(found: Flow, root: Array, unit: Array) -> tuple[Left, ...]:
     """Name every layer none of whose outputs can be removed, with the reason."""
-    why = found.labels.reasons()
+    component, why = found.labels.reasons()
     left = []
     for (tensor, _), labels in found.producers().items():
         if unit[root[labels]].any():
             continue
-        reason = next((why[int(label)] for label in labels if int(label) in why), "its channels are one single unit")
+        known = (why[number] for number in component[labels].tolist() if number in why)
+        reason = next(known, "its channels are one single unit")
         left.append(Left(name=tensor.rpartition(".")[0] or tensor, reason=reason))
     left += [
         Left(name=op, reason=f"{kind}: an operator whose index flow is not known") for kind, op in found.unknown.items()

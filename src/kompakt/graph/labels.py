@@ -117,14 +117,14 @@ class Labels:
             stays[component[labels]] = True
         return np.where(stays[component], 0, component + 1)
 
-    def reasons(self) -> dict[int, str]:
-        """Say for labels that were frozen why; a label tied to several has the first reason."""
+    def reasons(self) -> tuple[Array, dict[int, str]]:
+        """Say why labels were frozen: the class of every label (before freezing), and class → first reason."""
         component = self._components()
         why: dict[int, str] = {}
         for labels, reason in self._marks:
-            for number in np.unique(component[labels]):
-                why.setdefault(int(number), reason)
-        return {label: why[int(number)] for label, number in enumerate(component) if int(number) in why}
+            for number in np.unique(component[labels]).tolist():
+                why.setdefault(number, reason)
+        return component, why
 
     def _components(self) -> Array:
         empty = np.zeros(0, dtype=np.int64)
