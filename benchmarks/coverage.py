@@ -243,6 +243,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="models whose reference contains this")
     parser.add_argument("--limit", type=float, default=150.0, help="seconds for each model and side")
     parser.add_argument("--side", choices=["kompakt", "torch-pruning", "both"], default="both")
+    parser.add_argument("--resume", action="store_true", help="keep the results that are there")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
@@ -254,7 +255,8 @@ def main() -> None:
     interpreters = {"kompakt": sys.executable, "torch-pruning": given.other}
     for name in NAMES:
         for side, interpreter in interpreters.items():
-            if given.only in name and given.side in (side, "both"):
+            wanted = given.only in name and given.side in (side, "both")
+            if wanted and not (given.resume and name in _read(side)):
                 found = attempt(side, name, interpreter, given.limit)
                 print(name, side, _times(found), _seconds(found, "seconds"), flush=True)
                 _results(side).parent.mkdir(parents=True, exist_ok=True)
