@@ -57,6 +57,7 @@ class _Watch(fx.Interpreter):
 
     def __init__(self, capture: Capture, names: frozenset[str]) -> None:
         super().__init__(capture.module)
+        self.extra_traceback = False
         self.graph_facts = capture.graph
         self.names = names
         self.histograms: dict[str, Histogram] = {}

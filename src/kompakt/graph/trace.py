@@ -4,6 +4,7 @@
 ``Graph`` of facts about it. The batch dimension stays symbolic where the model allows it.
 """
 
+import re
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,8 @@ _PURE = frozenset(
     | {"relu", "relu6", "sigmoid", "silu", "sub", "tanh"}
 )
 _VIEWS = frozenset({"slice", "select", "view", "chunk", "split", "getitem", "unbind", "narrow", "detach", "alias"})
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+_TORCH = Path(torch.__file__).parent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,12 +230,10 @@ def _owner(node: fx.Node) -> tuple[str, str]:
 
 
 def _source(node: fx.Node) -> str:
-    """Return ``file:line`` of the user's code that made a node."""
-    lines = [line for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")]
-    if not lines:
-        return ""
-    parts = lines[-1].split('"')
-    return f"{parts[1]}:{parts[2].split('line ')[1].split(',')[0]}"
+    """Return ``file:line`` of the user's code that made a node: the last frame outside of torch."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    own = [frame for frame in frames if _TORCH not in Path(frame[0]).parents]
+    return ":".join(own[-1]) if own else ""
 
 
 def _functionalize(module: fx.GraphModule) -> None:
@@ -246,6 +247,7 @@ def _functionalize(module: fx.GraphModule) -> None:
             continue
         packet = getattr(torch.ops.aten, kind[:-1])
         node.target = getattr(packet, node.target._overloadname)
+        node._rename(kind[:-1])
         _redirect_later_users(module, base, node)
     module.graph.lint()
     module.recompile()
@@ -263,8 +265,7 @@ def _redirect_later_users(module: fx.GraphModule, base: fx.Node, node: fx.Node) 
 
 def _explain(error: Exception, model: nn.Module) -> str:
     """Say in one line which line of whose code stopped the capture."""
-    here = Path(torch.__file__).parent
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if here not in Path(frame.filename).parents]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if _TORCH not in Path(f.filename).parents]
     frames = [frame for frame in frames if Path(frame.filename) != Path(__file__)]
     where = f" at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

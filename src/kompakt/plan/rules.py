@@ -87,7 +87,7 @@ def placed(graph: Graph, rules: Rules, keep: frozenset[str] = frozenset()) -> di
             marked.add(op.arguments["input"].name)  # type: ignore[union-attr]
             if op.kind in rules.needs_output:
                 marked.add(clamped(graph, rules, op).name)
-        elif op.name in wanted and op.kind in rules.joins | rules.pools:
+        elif op.name in wanted and (op.kind in rules.joins or _pools(graph, rules, op)):
             marked.update((*data_inputs(graph, op), clamped(graph, rules, op).name))
     return _with_sources(graph, marked)
 
@@ -115,16 +115,25 @@ def _wants(graph: Graph, rules: Rules, user: Op, op: Op, layers: set[str], wante
     """Whether ``user`` wants the output of ``op`` in integers."""
     if user.name in layers:
         return user.ref("input") == op.name
-    return user.name in wanted and user.kind in rules.joins | rules.pools | rules.clamps | MOVES
+    return user.name in wanted and (user.kind in rules.joins | rules.clamps | MOVES or _pools(graph, rules, user))
+
+
+def _pools(graph: Graph, rules: Rules, op: Op) -> bool:
+    """Whether an op averages over the image, as the integer kernels do, and over nothing else."""
+    if op.kind not in rules.pools:
+        return False
+    shape = graph.by_name[data_inputs(graph, op)[0]].shape
+    dims = op.arguments.get("dim")
+    return len(shape) == 4 and (op.kind != "mean" or sorted(int(dim) % 4 for dim in dims or ()) == [2, 3])  # type: ignore
 
 
 def _able(graph: Graph, rules: Rules, layers: set[str], wanted: set[str]) -> set[str]:
     """The ops whose output can be quantized without a float op having to be cut off for it."""
     able: set[str] = set()
-    passing = rules.joins | rules.pools | rules.clamps | MOVES
+    passing = rules.joins | rules.clamps | MOVES
     for op in graph.ops:
         inputs = data_inputs(graph, op)
-        if op.kind not in passing or op.name in layers:
+        if op.name in layers or not (op.kind in passing or _pools(graph, rules, op)):
             fits = op.name in layers or op.kind == "input" or op.name in wanted
         else:
             several = op.kind not in rules.joins or op.kind == "cat" or len(inputs) > 1

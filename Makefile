@@ -1,0 +1,37 @@
+# `make demo` and `make test` work on a fresh machine: each makes .venv and installs what it needs.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+
+.PHONY: demo test check wheel clean
+
+demo: $(VENV)/.stamp-run
+	$(BIN)/kompakt demo
+
+test: $(VENV)/.stamp-dev check
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	@echo "made: lint, types and tests passed; see README.md for what to do next"
+
+check: $(VENV)/.stamp-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+wheel: $(VENV)/.stamp-dev
+	$(BIN)/python -m build --wheel --outdir dist
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kompakt needs Python 3.11 or newer; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.stamp-run: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.stamp-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@ $(VENV)/.stamp-run
+
+clean:
+	rm -rf $(VENV) dist kompakt-demo
