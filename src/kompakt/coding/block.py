@@ -1,0 +1,148 @@
+"""Writing a block: several integer arrays, each coded the way that is smallest for it, in one stream.
+
+FORMAT.md §4 is the specification; ``kompakt.coding.unblock`` reads blocks.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from kompakt.coding import huffman
+from kompakt.coding.bitpack import pack
+from kompakt.coding.choose import Choice, Integers, choose, plain_entry
+from kompakt.coding.header import Coded, Huffman, Packed, write_entry
+from kompakt.coding.kernels import layout_of, to_taps
+from kompakt.coding.models import SYMBOLS, histogram_codes, histogram_frequencies, write_histogram
+from kompakt.coding.rans import MOST_LANES_LOG, Call, capacity, encode
+from kompakt.coding.sides import side_call, side_symbols
+from kompakt.coding.stream import Member, Tables, encode_values, make_bundles
+from kompakt.coding.tablesets import read_set
+from kompakt.coding.wire import Cursor, varint
+
+FINE_BITS, COARSE_BITS = 12, 10
+FINE_RATE = 1.0
+LANE_SHARE = 0.005
+LANE_BYTES = 0.8
+
+
+@dataclass(frozen=True)
+class _Coded:
+    """What the coded section needs: its calls, the tables' bytes and the escapes."""
+
+    calls: list[Call]
+    tables: bytes
+    bits: int
+
+
+def encode_block(members: list[Integers]) -> bytes:
+    """Code integer arrays together.
+
+    Args:
+        members: arrays of at most 2²⁰ values, each with a range below 2³².
+
+    Returns:
+        the block; it has the number of members and all parameters, but not their shapes and dtypes.
+    """
+    smallest = _assemble(members, choose(members))
+    plain = Choice(tuple(plain_entry(member.values)[0] for member in members))
+    return min(smallest, _assemble(members, plain), key=len)
+
+
+def _assemble(members: list[Integers], choice: Choice) -> bytes:
+    streams, raw = _plain_sections(members, choice)
+    entries = b"".join(_entry_bytes(entry, streams.get(index)) for index, entry in enumerate(choice.entries))
+    head, coded = varint(len(members)) + entries, b""
+    if any(isinstance(entry, Coded) for entry in choice.entries):
+        section = _code(members, choice)
+        lanes_log = _lanes(section, len(raw))
+        hidden = min(len(raw), capacity(1 << lanes_log, section.bits))
+        coded = encode(section.calls, lanes_log, section.bits, raw[:hidden])
+        head, raw = head + section.tables, raw[hidden:]
+    return b"".join((varint(len(head)), head, coded, *streams.values(), raw))
+
+
+def _entry_bytes(entry: object, stream: bytes | None) -> bytes:
+    if isinstance(entry, Huffman) and stream is not None:
+        return write_entry(Huffman(entry.least, entry.lengths, len(stream)))
+    return write_entry(entry)  # type: ignore[arg-type]
+
+
+def _plain_sections(members: list[Integers], choice: Choice) -> tuple[dict[int, bytes], bytes]:
+    """Huffman streams by member, and the raw section."""
+    streams: dict[int, bytes] = {}
+    raw: list[bytes] = []
+    for index, (member, entry) in enumerate(zip(members, choice.entries, strict=True)):
+        if isinstance(entry, Packed):
+            raw.append(pack(member.values.reshape(-1).astype(np.int64) - entry.least, entry.bits))
+        elif isinstance(entry, Huffman):
+            symbols = member.values.reshape(-1).astype(np.int64) - entry.least
+            streams[index] = huffman.encode(symbols, entry.lengths)
+        elif isinstance(entry, Coded) and entry.shift:
+            _, low = _split(member.values, entry)
+            raw.append(pack(low, entry.shift))
+    return streams, b"".join(raw)
+
+
+def _split(values: np.ndarray, entry: Coded) -> tuple[np.ndarray, np.ndarray]:
+    """The modelled part of values and their low bits."""
+    centered = values.astype(np.int64) - entry.center
+    half = 1 << entry.shift >> 1
+    high = (centered + half) >> entry.shift
+    return high, centered - (high << entry.shift) + half
+
+
+def _code(members: list[Integers], choice: Choice) -> _Coded:
+    coded = [(member, entry) for member, entry in zip(members, choice.entries, strict=True) if isinstance(entry, Coded)]
+    models = [Member(layout_of(member.values.shape, entry.flat), entry) for member, entry in coded]
+    arrays = [_split(member.values, entry)[0] for member, entry in coded]
+    coarse = _calls(models, arrays, choice, COARSE_BITS)
+    count = sum(array.size for array in arrays)
+    parametric = any(not model.model.stored for model in models)
+    if not parametric or _payload_bits(coarse) < FINE_RATE * count:
+        return _calls(models, arrays, choice, FINE_BITS)
+    return coarse
+
+
+def _payload_bits(section: _Coded) -> float:
+    return sum(section.bits * call.frequencies.size - float(np.log2(call.frequencies).sum()) for call in section.calls)
+
+
+def _calls(models: list[Member], arrays: list[np.ndarray], choice: Choice, bits: int) -> _Coded:
+    """All calls of the coded section under tables of 2^bits."""
+    sets = tuple(read_set(Cursor(raw, "a set"), bits) for raw in choice.sets)
+    tables = Tables(choice.shape, sets, bits)
+    bundles = make_bundles(models, tables, SYMBOLS)
+    for bundle in bundles:
+        for index, part in bundle.parts:
+            bundle.values[:, part] = to_taps(arrays[index], models[index].layout)
+    calls, escapes = encode_values(bundles, tables)
+    sides, side_bytes = [], b""
+    for symbols in side_symbols(models):
+        if symbols.size:
+            first, codes = histogram_codes(np.bincount(symbols, minlength=256))
+            side_bytes += write_histogram(first, codes)
+            sides.append(side_call(symbols, histogram_frequencies(codes, first, bits)))
+    stored = bytes([len(sets)]) + b"".join(choice.sets) + _write_escapes(escapes)
+    return _Coded([*sides, *calls], bytes([bits, choice.shape]) + side_bytes + stored, bits)
+
+
+def _write_escapes(escapes: np.ndarray) -> bytes:
+    if not escapes.size:
+        return b"\0"
+    width = (int(np.abs(escapes).max()).bit_length() + 8) // 8
+    raw = escapes.astype("<i4").view(np.uint8).reshape(-1, 4)[:, :width].tobytes()
+    return bytes([width]) + varint(escapes.size) + raw
+
+
+def _lanes(section: _Coded, raw_bytes: int) -> int:
+    """As many lanes (their logarithm) as cost at most half a percent of the block, and no more than a call needs."""
+    allowed = LANE_SHARE * (_payload_bits(section) / 8 + raw_bytes)
+    most = max((call.frequencies.size for call in section.calls), default=1)
+    found = 0
+    while found < MOST_LANES_LOG and 1 << found < most:
+        lanes = 2 << found
+        unfilled = max(0, capacity(lanes, section.bits) - raw_bytes)
+        if LANE_BYTES * lanes + unfilled > allowed:
+            break
+        found += 1
+    return found

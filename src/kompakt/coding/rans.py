@@ -1,0 +1,203 @@
+"""Interleaved range ANS: many states step together, so that numpy decodes at memory speed.
+
+Duda 2013 (1311.2540) gives the coder, Giesen 2014 (1402.3392) the interleaving. A state ``x`` of
+``[2^2b, 2^(2b+32))`` pops a symbol of frequency f and cumulated frequency c out of M = 2^b by
+``x ← f·(x >> b) + x mod M − c``; two symbols at most need one 32-bit word. The initial states carry
+bytes of the caller, so that a lane costs about six bits. FORMAT.md §5 is the specification.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from kompakt.coding.bitpack import pack, packed_size, unpack
+from kompakt.coding.wire import Cursor, varint
+from kompakt.errors import FormatError
+
+MOST_LANES_LOG = 13
+WORD_BITS = 32
+
+
+@dataclass(frozen=True)
+class Call:
+    """Symbols that are coded together: their frequencies and cumulated frequencies, int64 arrays."""
+
+    frequencies: np.ndarray
+    starts: np.ndarray
+
+
+def decoding_table(frequencies: np.ndarray) -> np.ndarray:
+    """For every slot of every context: frequency (16 bits), symbol (8), slot − start (12), one int64.
+
+    Args:
+        frequencies: [contexts, 256]; each row sums to M, none equals M.
+
+    Returns:
+        int64 [contexts · M].
+    """
+    counts = frequencies.reshape(-1).astype(np.int64)
+    total = int(frequencies[0].sum())
+    symbols = np.repeat(np.tile(np.arange(256), len(frequencies)), counts)
+    starts = np.repeat(np.cumsum(counts) - counts, counts)
+    offsets = np.arange(len(frequencies) * total) - starts
+    return np.repeat(counts, counts) | symbols << 16 | offsets << 24
+
+
+def symbol_of(entries: np.ndarray) -> np.ndarray:
+    """The symbols, uint8, of table entries as ``Reader.read`` returns them."""
+    return (entries >> 16).astype(np.uint8)
+
+
+def capacity(lanes: int, bits: int) -> int:
+    """Bytes that the initial states of ``lanes`` lanes can carry."""
+    return (lanes - 1) * 2 * bits // 8
+
+
+def encode(calls: list[Call], lanes_log: int, bits: int, payload: bytes) -> bytes:
+    """Code calls, in the order in which they will be read; ``payload`` fits ``capacity``."""
+    lanes = 1 << lanes_log
+    states = _initial(lanes, bits, payload)
+    blocks: list[np.ndarray] = []
+    for call in reversed(calls):
+        total = call.frequencies.size
+        for start in reversed(range(0, total, 2 * lanes)):
+            blocks.append(_push_round(states, call, start, min(start + 2 * lanes, total), bits))
+    words = np.concatenate([np.zeros(0, np.int64), *reversed(blocks)]).astype("<u4")
+    return bytes([lanes_log]) + varint(words.size) + _write_states(states, bits) + words.tobytes()
+
+
+class Reader:
+    """Reads calls back; ``close`` checks the end and gives the payload.
+
+    Args:
+        cursor: stands at the coded section; is left behind it.
+        bits: table bits b.
+
+    Raises:
+        FormatError: the section is cut or its states are out of range.
+    """
+
+    def __init__(self, cursor: Cursor, bits: int) -> None:
+        self._bits = bits
+        lanes = 1 << cursor.u8(MOST_LANES_LOG, "the number of lanes")
+        count = cursor.varint(cursor.left // 4, "the number of words")
+        self._states = _read_states(cursor, lanes, bits)
+        self._words = np.frombuffer(cursor.take(4 * count), "<u4").astype(np.int64)
+        self._at = 0
+        self._scratch = np.empty(lanes, np.int64)
+        self._hungry = np.empty(lanes, bool)
+        # A Python number costs a microsecond in each operation, an array of no dimensions does not.
+        constants = (bits, (1 << bits) - 1, 0xFFFF, 24, WORD_BITS)
+        self._shift, self._mask, self._low, self._high, self._word = (np.array(value) for value in constants)
+        self._floor = np.array(1 << 2 * bits)
+
+    def read(self, contexts: np.ndarray, table: np.ndarray) -> np.ndarray:
+        """Pop one symbol for each context.
+
+        Args:
+            contexts: int64 [N], rows of the table, already shifted left by b.
+            table: as ``decoding_table`` makes it.
+
+        Returns:
+            int64 [N], entries of the table.
+
+        Raises:
+            FormatError: the words are used up.
+        """
+        entries = np.empty(contexts.size, np.int64)
+        lanes = self._states.size
+        whole = contexts.size // (2 * lanes) * 2 * lanes
+        rounds = (-1, 2, lanes)
+        pops = (self._states, self._scratch, table.take)
+        for wanted, found in zip(contexts[:whole].reshape(rounds), entries[:whole].reshape(rounds), strict=True):
+            self._pop(*pops, wanted[0], found[0])
+            self._pop(*pops, wanted[1], found[1])
+            self._refill(self._states, self._hungry)
+        for start in range(whole, contexts.size, lanes):
+            end = min(start + lanes, contexts.size)
+            pops = (self._states[: end - start], self._scratch[: end - start], table.take)
+            self._pop(*pops, contexts[start:end], entries[start:end])
+        if whole < contexts.size:
+            used = min(contexts.size - whole, lanes)
+            self._refill(self._states[:used], self._hungry[:used])
+        return entries
+
+    def close(self) -> bytes:
+        """Return the payload, ``capacity`` bytes.
+
+        Raises:
+            FormatError: words are left or a state is not where an encoder begins.
+        """
+        low = 1 << 2 * self._bits
+        carried = self._states - low
+        if self._at != self._words.size or carried[0] != 0 or bool((carried >> 2 * self._bits).any()):
+            raise FormatError("coded section: the decoder does not end where an encoder begins; the file is corrupt")
+        return pack(carried[1:], 2 * self._bits)[: capacity(carried.size, self._bits)]
+
+    def _pop(
+        self, states: np.ndarray, scratch: np.ndarray, take: Callable, wanted: np.ndarray, found: np.ndarray
+    ) -> None:
+        np.bitwise_and(states, self._mask, scratch)
+        np.bitwise_or(scratch, wanted, scratch)
+        take(scratch, None, found, "clip")
+        np.right_shift(states, self._shift, states)
+        np.bitwise_and(found, self._low, scratch)
+        np.multiply(states, scratch, states)
+        np.right_shift(found, self._high, scratch)
+        np.add(states, scratch, states)
+
+    def _refill(self, states: np.ndarray, hungry: np.ndarray) -> None:
+        np.less(states, self._floor, hungry)
+        places = hungry.nonzero()[0]
+        end = self._at + places.size
+        if end > self._words.size:
+            raise FormatError("coded section: its words are used up; the file is cut or corrupt")
+        states[places] = np.left_shift(states[places], self._word) | self._words[self._at : end]
+        self._at = end
+
+
+def _initial(lanes: int, bits: int, payload: bytes) -> np.ndarray:
+    """Initial states: lane 0 at the bottom, the others above it by what they carry."""
+    padded = payload.ljust(packed_size(lanes - 1, 2 * bits), b"\0")
+    carried = unpack(padded, 2 * bits, lanes - 1).astype(np.int64)
+    return (1 << 2 * bits) + np.concatenate([np.zeros(1, np.int64), carried])
+
+
+def _push_round(states: np.ndarray, call: Call, start: int, end: int, bits: int) -> np.ndarray:
+    """Push the symbols start … end of a call (at most two a lane); return the words that leave."""
+    lanes = states.size
+    first = slice(start, min(start + lanes, end))
+    used = first.stop - first.start
+    frequencies = np.full(used, 1 << bits, np.int64)
+    starts = np.zeros(used, np.int64)
+    rest = end - first.stop
+    frequencies[:rest], starts[:rest] = call.frequencies[first.stop : end], call.starts[first.stop : end]
+    x = states[:used]
+    full = np.flatnonzero(x >= frequencies * call.frequencies[first] << WORD_BITS)
+    words = x[full] & 0xFFFFFFFF
+    x[full] >>= WORD_BITS
+    for frequency, offset in ((frequencies, starts), (call.frequencies[first], call.starts[first])):
+        quotient = x // frequency
+        x[:] = (quotient << bits) + (x - quotient * frequency) + offset
+    return words
+
+
+def _write_states(states: np.ndarray, bits: int) -> bytes:
+    low, high = states & (1 << 2 * bits) - 1, states >> 2 * bits
+    sizes = 1 + (high > 0xFF).astype(np.int64) + (high > 0xFFFF) + (high > 0xFFFFFF)
+    parts = [pack(low, 2 * bits), pack(sizes - 1, 2)]
+    parts += [(high[sizes > position] >> 8 * position & 255).astype(np.uint8).tobytes() for position in range(4)]
+    return b"".join(parts)
+
+
+def _read_states(cursor: Cursor, lanes: int, bits: int) -> np.ndarray:
+    low = unpack(cursor.take(packed_size(lanes, 2 * bits)), 2 * bits, lanes).astype(np.int64)
+    sizes = unpack(cursor.take(packed_size(lanes, 2)), 2, lanes).astype(np.int64) + 1
+    high = np.zeros(lanes, np.int64)
+    for position in range(4):
+        long = np.flatnonzero(sizes > position)
+        high[long] |= np.frombuffer(cursor.take(long.size), np.uint8).astype(np.int64) << 8 * position
+    if not high.all():
+        raise FormatError("coded section: a state is below its range; the file is corrupt")
+    return high << 2 * bits | low

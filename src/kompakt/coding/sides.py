@@ -1,0 +1,90 @@
+"""Side information of the coded members: their scale factors and prediction weights, coded as well.
+
+FORMAT.md §6.4, calls 1 and 2.
+"""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+
+from kompakt.coding.kernels import WINDOW, Scales, weight_rows
+from kompakt.coding.models import ESCAPE, ZERO
+from kompakt.coding.rans import Call, Reader, decoding_table, symbol_of
+from kompakt.coding.stream import Member
+from kompakt.errors import FormatError
+
+
+def side_symbols(members: list[Member]) -> tuple[np.ndarray, np.ndarray]:
+    """Factors and weights of all members, as symbols in the order of the format."""
+    factors, weights = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for member in members:
+        scales = member.model.scales
+        factors += [part for part in (scales.rows, scales.columns, scales.taps) if part is not None]
+        if member.model.weights is not None:
+            counts = weight_rows(member.layout.taps)
+            weights += [row[:count] for row, count in zip(member.model.weights, counts, strict=True)]
+    return np.concatenate(factors) + ZERO, np.concatenate(weights) + ZERO
+
+
+def side_call(symbols: np.ndarray, table: np.ndarray) -> Call:
+    """The call that codes side symbols under one table."""
+    starts = np.cumsum(table) - table
+    return Call(table[symbols], starts[symbols])
+
+
+def read_sides(
+    members: list[Member], reader: Reader, factors: np.ndarray | None, weights: np.ndarray | None
+) -> list[Member]:
+    """Read factors and weights and put them into the members' models.
+
+    Args:
+        factors: frequencies [256] of factors, or None where no member has any.
+        weights: frequencies [256] of weights, likewise.
+    """
+    counts = [_factor_counts(member) for member in members]
+    flat = _read_side(reader, sum(sum(found) for found in counts), factors)
+    filled, at = [], 0
+    for member, (rows, columns, taps) in zip(members, counts, strict=True):
+        scales = member.model.scales
+        ends = np.cumsum([at, rows, columns, taps])
+        parts = [flat[a:b] if b > a else None for a, b in pairwise(ends)]
+        at = int(ends[-1])
+        found = Scales(base=scales.base, rows=parts[0], columns=parts[1], taps=parts[2])
+        filled.append(Member(member.layout, replace(member.model, scales=found)))
+    return _read_weights(filled, reader, weights)
+
+
+def _factor_counts(member: Member) -> tuple[int, int, int]:
+    scales, layout = member.model.scales, member.layout
+    return (
+        layout.outputs if scales.rows is not None else 0,
+        layout.inputs if scales.columns is not None else 0,
+        layout.taps if scales.taps is not None else 0,
+    )
+
+
+def _read_weights(members: list[Member], reader: Reader, table: np.ndarray | None) -> list[Member]:
+    counts = [weight_rows(m.layout.taps) if m.model.weights is not None else [] for m in members]
+    flat = _read_side(reader, sum(sum(found) for found in counts), table)
+    filled, at = [], 0
+    for member, rows in zip(members, counts, strict=True):
+        if member.model.weights is not None:
+            weights = np.zeros((len(rows), WINDOW), np.int64)
+            for index, count in enumerate(rows):
+                weights[index, :count] = flat[at : at + count]
+                at += count
+            member = Member(member.layout, replace(member.model, weights=weights))
+        filled.append(member)
+    return filled
+
+
+def _read_side(reader: Reader, count: int, table: np.ndarray | None) -> np.ndarray:
+    if count == 0:
+        return np.zeros(0, np.int64)
+    if table is None:
+        raise FormatError("coded section: factors or weights without their histogram; the file is corrupt")
+    found = symbol_of(reader.read(np.zeros(count, np.int64), decoding_table(table[None])))
+    if bool((found == ESCAPE).any()):
+        raise FormatError("coded section: a factor or weight out of range; the file is corrupt")
+    return found.astype(np.int64) - ZERO

@@ -1,0 +1,177 @@
+"""Reading a block back into integer arrays; every length is checked before it allocates.
+
+FORMAT.md §4 is the specification; ``kompakt.coding.block`` writes blocks.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from kompakt.coding import huffman
+from kompakt.coding.bitpack import packed_size, unpack
+from kompakt.coding.header import Coded, Constant, Entry, Huffman, Packed, read_entry
+from kompakt.coding.kernels import from_taps, layout_of
+from kompakt.coding.models import SHAPES, read_histogram
+from kompakt.coding.rans import Reader
+from kompakt.coding.sides import read_sides
+from kompakt.coding.stream import Member, Tables, decode_values, make_bundles
+from kompakt.coding.tablesets import TableSet, read_set
+from kompakt.coding.wire import Cursor
+from kompakt.errors import FormatError
+
+MOST_MEMBER = 2**20
+MOST_BLOCK = 9 * 2**20
+MOST_MEMBERS = 2**16
+TABLE_BITS = (10, 12)
+MOST_MAGNITUDE = 2**20
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a block does not say about a member: its shape and dtype, and whether it is flat."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def size(self) -> int:
+        """The number of values."""
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class _Tables:
+    bits: int
+    shape: int
+    factors: np.ndarray | None
+    weights: np.ndarray | None
+    sets: tuple[TableSet, ...]
+    escapes: np.ndarray
+
+
+def decode_block(data: bytes | memoryview, specs: list[Spec], where: str = "a block") -> list[np.ndarray]:
+    """Decode the members of a block.
+
+    Args:
+        data: the block.
+        specs: shape and dtype of each member, in order.
+        where: what the block is, for messages.
+
+    Raises:
+        FormatError: the block is not one, or does not fit the specs.
+    """
+    if max((spec.size for spec in specs), default=0) > MOST_MEMBER or sum(spec.size for spec in specs) > MOST_BLOCK:
+        raise FormatError(f"{where}: more values than a block may hold; the file is corrupt")
+    cursor = Cursor(data, where)
+    head = Cursor(cursor.take(cursor.varint(cursor.left, "the length of the header")), where)
+    count = head.varint(MOST_MEMBERS, "the number of members")
+    if count != len(specs):
+        raise FormatError(f"{where}: {count} members, {len(specs)} expected; the file is corrupt")
+    entries = [read_entry(head) for _ in range(count)]
+    coded = [(index, entry) for index, entry in enumerate(entries) if isinstance(entry, Coded)]
+    high: dict[int, np.ndarray] = {}
+    carried = b""
+    if coded:
+        tables = _read_tables(head, [entry for _, entry in coded])
+        high, carried = _decode_coded(cursor, coded, specs, tables)
+    head.end()
+    streams = {i: cursor.take(e.size_bytes) for i, e in enumerate(entries) if isinstance(e, Huffman)}
+    raw = _raw_section(cursor, entries, specs, carried)
+    return [_restore(i, entry, specs[i], high.get(i), streams.get(i), raw) for i, entry in enumerate(entries)]
+
+
+def _read_tables(head: Cursor, coded: list[Coded]) -> _Tables:
+    bits = head.u8(TABLE_BITS[-1], "the table bits")
+    if bits not in TABLE_BITS:
+        raise FormatError(f"{head.where}: tables of {bits} bits, 10 or 12 expected; the file is corrupt")
+    shape = head.u8(SHAPES - 1, "the shape")
+    scales = [entry.scales for entry in coded]
+    has_factors = any(part is not None for s in scales for part in (s.rows, s.columns, s.taps))
+    factors = read_histogram(head, bits) if has_factors else None
+    weights = read_histogram(head, bits) if any(entry.weights is not None for entry in coded) else None
+    sets = tuple(read_set(head, bits) for _ in range(head.u8()))
+    used = max((entry.index for entry in coded if entry.stored), default=-1)
+    if used >= len(sets):
+        raise FormatError(f"{head.where}: table set {used} of {len(sets)}; the file is corrupt")
+    return _Tables(bits, shape, factors, weights, sets, _read_escapes(head))
+
+
+def _read_escapes(head: Cursor) -> np.ndarray:
+    width = head.u8(4, "the width of escapes")
+    count = head.varint(head.left // width, "the number of escapes") if width else 0
+    raw = np.zeros((count, 4), np.uint8)
+    raw[:, 4 - width :] = np.frombuffer(head.take(count * width), np.uint8).reshape(count, width)
+    escapes = raw.view("<i4").reshape(-1) >> 8 * (4 - width) if width else np.zeros(0, np.int32)
+    if escapes.size and int(np.abs(escapes.astype(np.int64)).max()) >= MOST_MAGNITUDE:
+        raise FormatError(f"{head.where}: an escaped value is out of range; the file is corrupt")
+    return escapes
+
+
+def _decode_coded(
+    cursor: Cursor, coded: list[tuple[int, Coded]], specs: list[Spec], tables: _Tables
+) -> tuple[dict[int, np.ndarray], bytes]:
+    """The modelled values of each coded member, int64 arrays, and the bytes that the stream carries."""
+    members = [Member(layout_of(specs[index].shape, entry.flat), entry) for index, entry in coded]
+    reader = Reader(cursor, tables.bits)
+    members = read_sides(members, reader, tables.factors, tables.weights)
+    space = Tables(tables.shape, tables.sets, tables.bits)
+    bundles = make_bundles(members, space, 1 << tables.bits)
+    decode_values(bundles, space, reader, tables.escapes)
+    found = {}
+    for bundle in bundles:
+        for place, part in bundle.parts:
+            index = coded[place][0]
+            found[index] = from_taps(bundle.values[:, part], specs[index].shape)
+    return found, reader.close()
+
+
+def _raw_section(cursor: Cursor, entries: list[Entry], specs: list[Spec], carried: bytes) -> Cursor:
+    """The raw section, its hidden beginning put back."""
+    total = sum(_raw_size(entry, spec) for entry, spec in zip(entries, specs, strict=True))
+    hidden = min(total, len(carried))
+    if cursor.left != total - hidden or any(carried[hidden:]):
+        raise FormatError(f"{cursor.where}: raw bytes do not fill their place; the file is cut or corrupt")
+    return Cursor(carried[:hidden] + bytes(cursor.take(cursor.left)), cursor.where)
+
+
+def _raw_size(entry: Entry, spec: Spec) -> int:
+    if isinstance(entry, Packed):
+        return packed_size(spec.size, entry.bits)
+    return packed_size(spec.size, entry.shift) if isinstance(entry, Coded) else 0
+
+
+def _restore(
+    index: int, entry: Entry, spec: Spec, high: np.ndarray | None, stream: memoryview | None, raw: Cursor
+) -> np.ndarray:
+    """The array of one member; takes its part of the raw section."""
+    if isinstance(entry, Constant):
+        _check_range(entry.value, entry.value, spec, raw.where)
+        return np.full(spec.shape, entry.value, spec.dtype)
+    if isinstance(entry, Packed):
+        values = unpack(raw.take(_raw_size(entry, spec)), entry.bits, spec.size)
+        return _shifted(values, entry.least, spec, raw.where)
+    if isinstance(entry, Huffman):
+        assert stream is not None
+        return _shifted(huffman.decode(stream, entry.lengths, spec.size), entry.least, spec, raw.where)
+    assert high is not None
+    if not entry.shift:
+        return _shifted(high, entry.center, spec, raw.where)
+    low = unpack(raw.take(_raw_size(entry, spec)), entry.shift, spec.size).reshape(spec.shape)
+    values = (high.astype(np.int64) << entry.shift) + low
+    return _shifted(values, entry.center - (1 << entry.shift >> 1), spec, raw.where)
+
+
+def _shifted(values: np.ndarray, offset: int, spec: Spec, where: str) -> np.ndarray:
+    """``values + offset`` in the member's dtype, checked against it."""
+    if values.size:
+        _check_range(int(values.min()) + offset, int(values.max()) + offset, spec, where)
+    narrow = spec.dtype.itemsize < 4 and abs(offset) < 2**30
+    wide = values.astype(np.int32 if narrow else np.int64)
+    return (wide + offset).astype(spec.dtype).reshape(spec.shape)
+
+
+def _check_range(least: int, most: int, spec: Spec, where: str) -> None:
+    limits = np.iinfo(spec.dtype)
+    if spec.size and not limits.min <= least <= most <= limits.max:
+        raise FormatError(f"{where}: values {least}…{most} do not fit {spec.dtype}; the file is corrupt")
