@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from train_toy import CLASSES, toy_data, toy_loader, toy_net
 
 from kompakt.build.distill import Objective, Student, Teacher, Term, bridge, stage_terms, teacher_features
 from kompakt.build.settings import Loader, TrainSettings
@@ -17,6 +16,7 @@ from kompakt.build.teacher_cache import TeacherCache, weights_digest
 from kompakt.build.train import evaluate, train
 from kompakt.errors import FormatError, InputError
 from kompakt.zoo import resnet20, resnet32
+from tests.train_toy import CLASSES, toy_data, toy_loader, toy_net
 
 SETTINGS = TrainSettings(epochs=4, learning_rate=0.05)
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -13,13 +13,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from train_toy import CLASSES, SAMPLES, toy_data, toy_loader, toy_net, toy_settings
 
 from kompakt.build.checkpoint import FILE
 from kompakt.build.optimize import learning_rate_at, make_optimizer
 from kompakt.build.settings import Hooks, Loader, TrainSettings, data_seed, shuffled
 from kompakt.build.train import evaluate, reestimate_bn, train
 from kompakt.errors import FormatError, InputError, MissingExtraError, ModelError
+from tests.train_toy import CLASSES, SAMPLES, toy_data, toy_loader, toy_net, toy_settings
 
 PLAIN = TrainSettings(epochs=3, learning_rate=0.05)
 
@@ -316,6 +316,10 @@ def test_bad_input_is_one_line():
         replace(toy_loader(), steps=0)
     with pytest.raises(InputError, match="no batch"):
         train(toy_net(), Loader(batches=lambda epoch: (), steps=1), PLAIN)
+    with pytest.raises(InputError, match="there is one process"):
+        train(toy_net(), toy_loader(), replace(PLAIN, shard=True))
+    with pytest.raises(InputError, match="none where parameters are sharded"):
+        replace(PLAIN, shard=True, ema=0.9)
     for changes in ({"epochs": 0}, {"learning_rate": -1}, {"schedule": "step"}, {"ema": 1.0}, {"warmup_epochs": 3}):
         with pytest.raises(InputError, match=f"{next(iter(changes))} .*: expected"):
             replace(PLAIN, **changes)

@@ -57,8 +57,12 @@ def train_until_killed(folder: Path) -> None:
     train(toy_net(), toy_loader(), toy_settings(folder), hooks=hooks)
 
 
-def train_distributed(folder: Path) -> nn.Module:
-    """Train with a teacher, a projection and odd batches, stop after 5 steps, go on from the checkpoint."""
+def l2(model: nn.Module) -> Tensor:
+    return 0.01 * model[3].weight.square().sum()
+
+
+def train_distributed(folder: Path, shard: bool = False) -> nn.Module:
+    """Train with a teacher, a projection, a penalty and odd batches; stop after 5 steps, go on from the checkpoint."""
     from kompakt.build.distill import Objective, Teacher, Term
     from kompakt.build.train import train
 
@@ -67,8 +71,12 @@ def train_distributed(folder: Path) -> nn.Module:
             raise KeyboardInterrupt
 
     terms = (Term(loss="soft_targets", weight=0.5), Term(loss="hint", teacher="4", student="4"))
-    settings = toy_settings(folder, epochs=2, freeze_bn=True, checkpoint_every=4)
-    given = {"objective": Objective(terms=terms), "teachers": (Teacher(model=toy_net(1, width=12)),)}
+    settings = toy_settings(folder, epochs=2, freeze_bn=True, checkpoint_every=4, clip_norm=2.0, ema=None, shard=shard)
+    given = {
+        "regularizers": (l2,),
+        "objective": Objective(terms=terms),
+        "teachers": (Teacher(model=toy_net(1, width=12)),),
+    }
     model = toy_net(dropout=0)
     model.register_parameter("spare", nn.Parameter(torch.ones(2, 2)))  # no loss uses it
     with suppress(KeyboardInterrupt):
@@ -84,6 +92,8 @@ if __name__ == "__main__":
     if sys.argv[1] == "killed":
         train_until_killed(Path(sys.argv[2]))
     else:
-        model = train_distributed(Path(sys.argv[2]))
-        torch.save(model.state_dict(), Path(sys.argv[2]) / f"weights-{torch.distributed.get_rank()}.pt")
+        for name in ("whole", "sharded"):
+            folder = Path(sys.argv[2]) / name
+            trained = train_distributed(folder, shard=name == "sharded").state_dict()
+            torch.save(trained, folder / f"weights-{torch.distributed.get_rank()}.pt")
         torch.distributed.destroy_process_group()

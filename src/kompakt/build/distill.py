@@ -179,8 +179,9 @@ class Student(nn.Module):
         """Make the projections that the shapes of an example batch ask for."""
         if not any(term.loss in WIDTH_LOSSES for term in self.terms):
             return
+        device = next((p.device for p in self.parameters()), example.device)
         with inference(self):
-            _, ours = self(example)
+            _, ours = self(example.to(device))
         for k, teacher in enumerate(teachers):
             theirs = teacher_features(teacher, self.terms, example)
             for t, term in enumerate(self.terms):

@@ -43,7 +43,7 @@ def make_optimizer(module: nn.Module, settings: TrainSettings) -> torch.optim.Op
     free = [p for p in trainable if not (settings.decay_all or p.ndim > 1)]
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": free, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
-    fused = all(p.dtype == torch.float32 and p.device.type in ("cpu", "cuda") for p in trainable)
+    fused = all(p.dtype == torch.float32 and p.device.type in ("cpu", "cuda") for p in trainable) and not settings.shard
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=settings.learning_rate, fused=fused)
     momentum = settings.momentum

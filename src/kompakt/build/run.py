@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kompakt.build.checkpoint import load_checkpoint, save_checkpoint
@@ -17,6 +18,7 @@ from kompakt.build.distill import Student, Teacher, distillation_losses, teacher
 from kompakt.build.optimize import average_into, learning_rate_at, make_optimizer
 from kompakt.build.randomness import current, drawing_from, resume, seeded
 from kompakt.build.settings import Batch, EpochRecord, Hooks, Loader, Regularizer, TrainSettings, data_seed
+from kompakt.build.shard import load_model, load_optimizer, local, shard, whole
 from kompakt.build.taps import inference, set_mode
 from kompakt.errors import InputError, ModelError
 from kompakt.progress import track
@@ -42,11 +44,18 @@ class Run:
         self.regularizers, self.hooks, self.accelerator = regularizers, hooks, accelerator
         self.names = ("task", *term_names(student.objective), *(("regularizer",) if regularizers else ()))
         self.identity = {**settings.identity(), "steps": loader.steps, "objective": repr(student.objective)}
-        self.wrapped, self.optimizer = accelerator.prepare(student, make_optimizer(student, settings))
+        self.wrapped, self.optimizer = self._prepared()
         self.average = {k: v.detach().clone() for k, v in student.state_dict().items()} if settings.ema else {}
         self.history: list[EpochRecord] = []
         self.step = self.resumed_at = 0
         self._open_epoch()
+
+    def _prepared(self) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Return the student as it is called, and its optimizer: of DDP, of FSDP or of one process."""
+        if self.settings.shard:
+            shard(self.student, self.accelerator.device, self.accelerator.num_processes)
+            return self.student, make_optimizer(self.student, self.settings)
+        return self.accelerator.prepare(self.student, make_optimizer(self.student, self.settings))
 
     def rehearse(self, inputs: Tensor, labels: Tensor) -> None:
         """Compute the losses once without training, so that what does not fit is said before anything changes."""
@@ -113,7 +122,8 @@ class Run:
         weights = self.student.objective.weights_at(epoch, self.settings.epochs)
         data_loss = torch.stack([w * loss for w, loss in zip(weights, losses, strict=True)]).sum()
         if self.regularizers:
-            losses.append(torch.stack([term(self.student.model) for term in self.regularizers]).sum())
+            terms = [term(self.student.model) for term in self.regularizers]
+            losses.append(torch.stack([x.full_tensor() if isinstance(x, DTensor) else x for x in terms]).sum())
         regularization = losses[-1] if self.regularizers else data_loss.new_zeros(())
         self._check_losses(data_loss + regularization, losses)
         self._descend(share * data_loss + regularization)
@@ -181,7 +191,7 @@ class Run:
 
     def _check_weights(self) -> None:
         for name, value in self.student.state_dict().items():
-            if value.is_floating_point() and not torch.isfinite(value).all():
+            if value.is_floating_point() and not torch.isfinite(local(value)).all():
                 raise ModelError(f"step {self.step}: {name} is no longer finite; {self._advice()}")
 
     def _advice(self) -> str:
@@ -221,10 +231,11 @@ class Run:
         self._check_weights()
         rng = gather_object([current()])
         sums = self.accelerator.reduce(self.sums.to(self.accelerator.device), reduction="sum").cpu()
+        model, optimizer = whole(self.student.state_dict()), whole(self.optimizer.state_dict())
         if self.accelerator.is_main_process:
             state = {
-                "model": self.student.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
+                "model": model,
+                "optimizer": optimizer,
                 "average": self.average,
                 "rng": rng,
                 "step": self.step,
@@ -240,12 +251,12 @@ class Run:
         if state is None:
             return
         try:
-            self.student.load_state_dict(state["model"])
+            load_model(self.student, state["model"])
         except RuntimeError as error:
             raise InputError(
                 f"{folder}: the checkpoint is of another model; take another folder, or delete it"
             ) from error
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         self.average = {name: value.to(self.accelerator.device) for name, value in state["average"].items()}
         self.history = [EpochRecord(**record) for record in state["history"]]
         self.step = self.resumed_at = state["step"]

@@ -33,6 +33,9 @@ class TrainSettings:
         precision: ``bf16`` runs forward and backward under autocast; weights stay float32.
         channels_last: lay images and kernels out as NHWC during the run.
         freeze_bn: leave batch norms in inference mode (their statistics do not move).
+        shard: split parameters and optimizer states between the processes (FSDP) instead of keeping them
+            whole on each (DDP): for a model larger than one device. Regularizers and ``after_step`` see
+            the sharded parameters; every process keeps batch-norm statistics of its own.
         ema: decay of an exponential moving average of the weights, which the model gets at the end.
         seed: of everything that is drawn during the run.
         checkpoint: folder of the checkpoint. Where it holds one of the same run, the run goes on from
@@ -53,6 +56,7 @@ class TrainSettings:
     precision: Literal["no", "bf16"] = "no"
     channels_last: bool = False
     freeze_bn: bool = False
+    shard: bool = False
     ema: float | None = None
     seed: int = 0
     checkpoint: Path | None = None
@@ -75,6 +79,7 @@ class TrainSettings:
         _need(self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "a positive number or none")
         _need(self.precision in ("no", "bf16"), "precision", self.precision, "no or bf16")
         _need(self.ema is None or 0 < self.ema < 1, "ema", self.ema, "between 0 and 1, such as 0.999, or none")
+        _need(not (self.shard and self.ema), "ema", self.ema, "none where parameters are sharded")
         _need(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "0 or more steps")
 
     def identity(self) -> dict[str, object]:

@@ -4,6 +4,7 @@ The loop is ours; devices, processes and trackers are ``accelerate``'s. Under ``
 process takes its share of every global batch, so that any number of processes trains alike.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -27,6 +28,7 @@ from kompakt.build.settings import (
     data_seed,
     shuffled,
 )
+from kompakt.build.shard import whole
 from kompakt.errors import InputError, MissingExtraError
 
 __all__ = [
@@ -77,10 +79,12 @@ def train(
         raise InputError(
             "a teacher was given, but the objective has no distillation term; add one, such as soft_targets"
         )
-    accelerator = _accelerator(hooks)
-    modules = [model, *(teacher.model for teacher in teachers if isinstance(teacher.model, nn.Module))]
+    accelerator = _accelerator(hooks, settings)
+    trained = copy.deepcopy(model) if settings.shard else model
+    modules = [teacher.model for teacher in teachers if isinstance(teacher.model, nn.Module)]
+    modules += [] if settings.shard else [trained]  # what is sharded is moved part by part
     with drawing_from(seeded(settings.seed + accelerator.process_index)), ExitStack() as stack:
-        student = Student(model, objective, teachers)
+        student = Student(trained, objective, teachers)
         for module in modules:
             stack.enter_context(_placed(module, accelerator.device, settings.channels_last))
         with drawing_from(seeded(data_seed(settings.seed, 0))):
@@ -89,12 +93,14 @@ def train(
         run = Run(student, loader, settings, teachers, regularizers, hooks, accelerator)
         run.rehearse(inputs, labels)
         run.go()
+        if settings.shard:
+            model.load_state_dict(whole(trained.state_dict()))
     if hooks.tensorboard is not None:
         accelerator.end_training()
     return TrainReport(history=tuple(run.history), steps=run.step, resumed_at=run.resumed_at)
 
 
-def _accelerator(hooks: Hooks) -> Accelerator:
+def _accelerator(hooks: Hooks, settings: TrainSettings) -> Accelerator:
     if hooks.tensorboard is not None and not is_tensorboard_available():
         raise MissingExtraError("TensorBoard is not installed; try: pip install tensorboard")
     # Without cpu=True, accelerate takes every process of torchrun for a run of its own where there is no GPU.
@@ -106,9 +112,11 @@ def _accelerator(hooks: Hooks) -> Accelerator:
     known = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
     if accelerator.distributed_type not in known:
         raise InputError(
-            f"training under accelerate's {accelerator.distributed_type.value} is not supported; "
-            "launch several processes of DDP, as torchrun does"
+            f"training under accelerate's {accelerator.distributed_type.value} is not supported; start the processes "
+            "with torchrun, and set shard where the model is larger than one device"
         )
+    if settings.shard and accelerator.num_processes == 1:
+        raise InputError("shard: there is one process, nothing to split between; start several with torchrun")
     if tracker:
         accelerator.init_trackers("kompakt")
     return accelerator
