@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from kompakt import zoo
 from kompakt.build.follow import follow
-from kompakt.build.prune import apply_prune, check, prune_like, removal, units_of
+from kompakt.build.prune import apply_prune, check, prune_like, removal, units_of, verify
 from kompakt.errors import PlanError
 from kompakt.graph.coupling import Coupling, couple
 from kompakt.graph.trace import trace
@@ -80,7 +80,9 @@ def test_half_of_a_family(name: str) -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     cost = coupling.cost_after(units_of(coupling, plan))
     assert cost.params == sum(parameter.numel() for parameter in pruned.parameters())
-    if name in ("shufflenet_v2", "timm vit", "swin v2"):
+    if name in ("shufflenet_v2", "timm vit"):
+        assert verify(coupling, plan, pruned, EXAMPLE)
+    if name in ("resnet20", "swin v2"):
         assert cost.macs == trace(pruned, EXAMPLE).graph.macs
     reloaded = prune_like(FAMILIES[name](), plan, load(save(pruned.state_dict())))
     with torch.no_grad():
@@ -112,6 +114,47 @@ def test_an_attention_without_a_head_equals_one_whose_head_is_zero(name: str) ->
             )
 
 
+class Attentive(nn.Module):
+    def __init__(self, heads: int, batch_first: bool, need_weights: bool) -> None:
+        super().__init__()
+        self.need_weights = need_weights
+        self.stem, self.head = nn.Linear(6, 16), nn.Linear(16, 3)
+        self.attention = nn.MultiheadAttention(16, heads, batch_first=batch_first)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        mixed, weights = self.attention(x, x, x, need_weights=self.need_weights)
+        return self.head(mixed) + (0 if weights is None else weights.mean())
+
+
+@pytest.mark.parametrize(("batch_first", "need_weights"), [(True, False), (False, True)])
+def test_a_multihead_attention_without_heads_equals_one_whose_heads_are_zero(
+    batch_first: bool, need_weights: bool
+) -> None:
+    torch.manual_seed(0)
+    model, example = Attentive(4, batch_first, False).eval(), torch.randn(2, 5, 6)
+    coupling = couple(trace(model, example).graph)
+    plan = removal(coupling, {"attention": [0, 2]})
+    zeroed = copy.deepcopy(model)
+    for cut in plan.of(Prune)[0].cuts:
+        zeroed.get_parameter(cut.tensor).data.index_fill_(cut.dim, torch.tensor(cut.removed), 0)
+    pruned = apply_prune(model, plan, example)
+    pruned.need_weights = need_weights
+    with torch.no_grad():
+        seen = pruned(example)
+        weights = pruned.attention(*[pruned.stem(example)] * 3)[1].mean() if need_weights else 0
+        torch.testing.assert_close(seen - weights, zeroed(example), atol=1e-5, rtol=1e-4)
+    assert (pruned.attention.num_heads, pruned.attention.embed_dim) == (2, 16)
+
+
+def test_an_attention_of_one_head_keeps_its_inner_width() -> None:
+    model, example = Attentive(1, True, False).eval(), torch.randn(2, 5, 6)
+    coupling = couple(trace(model, example).graph)
+    assert [group.name for group in coupling.groups] == ["stem", "attention.out_proj"]
+    assert "attention" in {left.name for left in coupling.left}
+    apply_prune(model, removal(coupling, {"stem": range(5)}), example)
+
+
 def test_densenet_cuts_one_input_for_several_groups() -> None:
     model = torchvision.models.DenseNet(8, (2, 2), 16, num_classes=5).eval()
     coupling = couple(trace(model, EXAMPLE).graph)
@@ -136,6 +179,27 @@ def test_gradients_flow_and_training_mode_is_kept() -> None:
     assert all(module.training for module in pruned.modules())
     pruned(EXAMPLE).sum().backward()
     assert all(parameter.grad is not None for parameter in pruned.parameters())
+
+
+class Square(nn.Module):
+    """As many heads as each has channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = 4, 4
+        self.qkv, self.out = nn.Linear(6, 48), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x).view(*x.shape[:2], 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(*qkv.unbind(0))
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+def test_where_heads_are_as_many_as_their_channels_the_number_of_heads_is_mended() -> None:
+    model, example = Square().eval(), torch.randn(2, 5, 6)
+    coupling = couple(trace(model, example).graph)
+    pruned = apply_prune(model, removal(coupling, {"qkv": [1, 2]}), example)
+    assert (pruned.num_heads, pruned.head_dim) == (2, 4)
 
 
 class Tied(nn.Module):
@@ -182,6 +246,27 @@ def test_a_hard_coded_width_is_left_whole_and_said() -> None:
     coupling = follow(model, couple(trace(model, example).graph), example)
     assert [group.name for group in coupling.groups] == ["b"]
     assert "cannot follow" in next(left.reason for left in coupling.left if left.name == "a")
+
+
+class Sliced(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 16), nn.Linear(1, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.b(y[:, :8].sum(1, keepdim=True) - y[:, 8:].sum(1, keepdim=True))
+
+
+def test_a_cut_at_a_fixed_place_that_still_runs_is_found_by_verifying() -> None:
+    model, example = Sliced().eval(), torch.randn(2, 6)
+    coupling = couple(trace(model, example).graph)
+    plan = removal(coupling, {coupling.groups[0].name: range(4)})
+    pruned = apply_prune(model, plan, example)
+    with pytest.raises(PlanError, match="its code cuts at a fixed place"):
+        verify(coupling, plan, pruned, example)
+    harmless = removal(coupling, {coupling.groups[0].name: range(12, 16)})
+    assert verify(coupling, harmless, apply_prune(model, harmless, example), example)
 
 
 def small() -> tuple[nn.Module, Coupling]:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from kompakt.build.slim import KINDS
 from kompakt.errors import PlanError
 from kompakt.plan import Cut, Mend, Prune
 
@@ -15,6 +16,8 @@ GEOMETRY = frozenset(
     | {"img_size", "image_size", "input_size", "seq_length", "num_classes", "p", "eps", "dim"}
 )
 """Attributes that never state a width."""
+PER_HEAD = frozenset({"head_dim", "dim_head", "head_size", "dim_per_head", "head_width", "d_head", "key_dim", "d_k"})
+"""Attributes that state one head's width: where it equals the number of heads, it is the number that changes."""
 
 
 def rounds(entries: Sequence[object]) -> list[tuple[list[Cut], list[Mend]]]:
@@ -89,13 +92,15 @@ def mend_numbers(model: nn.Module, mends: Sequence[Mend]) -> None:
         known.setdefault(mend.module, {})[mend.before] = mend.after
     for name, numbers in known.items():
         module = _submodule(model, name)
-        if not isinstance(module, _ConvNd | nn.Linear | _NormBase):
+        if not isinstance(module, _ConvNd | nn.Linear | _NormBase) and type(module) not in KINDS:
             _mend_numbers(module, numbers)
 
 
 def _mend_numbers(module: nn.Module, numbers: Mapping[object, int | tuple[int, ...]]) -> None:
-    for key, value in list(vars(module).items()):
-        if key.startswith("_") or key in GEOMETRY or isinstance(value, bool):
+    own = {key: value for key, value in vars(module).items() if not key.startswith("_") and key not in GEOMETRY}
+    others = {value for key, value in own.items() if type(value) is int and key not in PER_HEAD}
+    for key, value in own.items():
+        if isinstance(value, bool) or (key in PER_HEAD and value in others):
             continue
         if isinstance(value, int) and value in numbers:
             setattr(module, key, numbers[value])

@@ -15,6 +15,7 @@ from kompakt.build.slim import slim
 from kompakt.errors import PlanError
 from kompakt.graph.constants import constants_after
 from kompakt.graph.coupling import Coupling, Group
+from kompakt.graph.trace import trace
 from kompakt.plan import Cut, Mend, Plan, Prune
 
 
@@ -173,6 +174,30 @@ def run_once(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> object:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def verify(coupling: Coupling, plan: Plan, pruned: nn.Module, example: Tensor | tuple[Tensor, ...]) -> bool:
+    """Trace a pruned model and compare every op's shape with what the coupling says it must be.
+
+    A run alone does not notice code that cuts at a hard-coded place and still fits.
+
+    Returns:
+        Whether the ops could be compared; False where the pruned model runs others (``kompakt.build.slim``).
+
+    Raises:
+        PlanError: an op gives another shape; the message names the module.
+    """
+    old, new = coupling.graph.ops, trace(pruned, example).graph.ops
+    if [op.kind for op in old] != [op.kind for op in new]:
+        return False
+    expected = coupling.shapes_after(units_of(coupling, plan))
+    for before, after in zip(old, new, strict=True):
+        if after.shapes != expected[before.name]:
+            raise PlanError(
+                f"{before.module or 'the model'}: {before.kind} gives shapes {after.shapes} after pruning, "
+                f"expected {expected[before.name]}; its code cuts at a fixed place"
+            )
+    return True
 
 
 def prune_like(model: nn.Module, plan: Plan, state: Mapping[str, Tensor]) -> nn.Module:

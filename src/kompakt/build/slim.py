@@ -143,6 +143,21 @@ class SlimRelativeAttention(RelativePositionalMultiHeadAttention):
         return self.merge((F.softmax(scores, dim=-1) @ v).transpose(2, 3).flatten(3))
 
 
+KINDS = frozenset(
+    {
+        nn.MultiheadAttention,
+        ShiftedWindowAttention,
+        ShiftedWindowAttentionV2,
+        RelativePositionalMultiHeadAttention,
+        SlimMultiheadAttention,
+        SlimWindowAttention,
+        SlimWindowAttentionV2,
+        SlimRelativeAttention,
+    }
+)
+"""The classes that ``slim`` changes or has changed; they read their numbers off their tensors."""
+
+
 def slim(module: Any) -> None:
     """Change the class of an attention module whose tensors were cut; other modules are left alone."""
     kind = type(module)
@@ -157,6 +172,7 @@ def slim(module: Any) -> None:
         _slim_window(module, len(module.logit_scale), SlimWindowAttentionV2)
     elif kind in (RelativePositionalMultiHeadAttention, SlimRelativeAttention):
         module.n_heads = module.relative_position_bias_table.shape[1]
+        module.head_dim = len(module.to_qkv.weight) // 3 // module.n_heads
         module.__class__ = SlimRelativeAttention
 
 

@@ -132,6 +132,8 @@ def _addmm(found: Flow, op: Op) -> tuple[Dims, ...]:
 def _attention(found: Flow, op: Op) -> tuple[Dims, ...]:
     query, key, value = (found.of(op.arguments[name]) for name in ("query", "key", "value"))
     found.labels.unite(query[-1], key[-1])
+    if op.arguments.get("scale") is None:
+        found.labels.freeze(query[-1], "the scale of an attention follows it")
     masks = [mask[:-2] for mask in found.given(op, "attn_mask")]
     batch = broadcast(found, [query[:-2], key[:-2], value[:-2], *masks], op.shape[:-2])
     for dim in batch:
