@@ -179,7 +179,8 @@ class Hooks:
     Args:
         after_step: called with (model, steps done) after every step, and once before the first, or
             before going on from a checkpoint: masks, schedules. It must depend on its arguments alone.
-        validate: called with the model in inference mode after every epoch; its score is recorded.
+        validate: called with the model in inference mode after every epoch, with its current
+            weights (not the average); its score is recorded.
         log: called with every epoch's record.
         task_loss: (outputs, labels) → scalar; None is cross entropy with label smoothing.
         progress: show a bar, once a run takes more than 2 seconds and where stderr is a terminal.
