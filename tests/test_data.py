@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_image_folder
 
 from kompakt.augment import crop_and_flip
 from kompakt.data import Split, check_classes, open_data
 from kompakt.errors import InputError
 from kompakt.models import load_model
 from kompakt.splits import FileStore, ImageSplit, MemoryStore, stratified
+from tests.conftest import make_image_folder
 
 IDENTITY = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 

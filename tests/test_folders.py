@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_image_folder
 from PIL import Image
 
 from kompakt import cache as cache_module
 from kompakt.data import Split, check_classes, open_data
 from kompakt.errors import InputError
+from tests.conftest import make_image_folder
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -10,7 +10,6 @@ from io import StringIO
 
 import plotly.graph_objects as go
 import pytest
-import result_factory as factory
 from rich.cells import cell_len
 from rich.console import Console
 
@@ -24,6 +23,7 @@ from kompakt.report.layer_plots import layers_figure
 from kompakt.report.page import render
 from kompakt.report.plots import accuracy_figure, latency_figure, size_figure
 from kompakt.report.steps import steps_of
+from tests import result_factory as factory
 
 HOSTILE = (
     """</script><script>window.pwned=1</script><img src=x onerror="window.pwned=1">'"&{{7*7}}%{x}[bold]<b>ü层</b>"""

@@ -5,10 +5,10 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import result_factory as factory
-from test_report import CASES
 
 from kompakt.report.page import render
+from tests import result_factory as factory
+from tests.test_report import CASES
 
 CHROMIUM = Path("/usr/bin/chromium")
 FLAGS = (

@@ -1,7 +1,6 @@
 """Export to ONNX for ONNX Runtime, open a session, and read what the runtime made of the file."""
 
 import tempfile
-import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch import nn
 from kompakt.artifact.qdq import to_integers
 from kompakt.errors import FormatError, ModelError
 from kompakt.files import atomic_path
-from kompakt.graph.trace import Capture
+from kompakt.graph.trace import Capture, quiet_torch
 
 INTEGER_OPS = frozenset(
     {
@@ -55,8 +54,7 @@ def export_onnx(capture: Capture, path: str | Path, *, metadata: Mapping[str, st
 
 def _onnx_program(module: nn.Module, example: tuple[torch.Tensor, ...]) -> "torch.onnx.ONNXProgram":
     dynamic = tuple({0: torch.export.Dim.AUTO} if x.ndim and x.shape[0] > 1 else None for x in example)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet_torch():
         try:
             exported = torch.export.export(module, example, dynamic_shapes=dynamic, strict=False)
             made = torch.onnx.export(

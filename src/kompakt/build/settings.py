@@ -4,11 +4,12 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from kompakt.data import Split
 from kompakt.errors import InputError
 
 Batch = tuple[Tensor, Tensor]
@@ -111,21 +112,12 @@ class Loader:
             raise InputError("the data give no batch: nothing to train on")
 
 
-class Batched(Protocol):
-    """A data split, such as ``kompakt.data.Split``."""
-
-    def __len__(self) -> int: ...
-
-    def batches(self, batch_size: int, **options: Any) -> Iterator[Batch]:
-        """Yield batches of inputs and labels."""
-
-
 def data_seed(seed: int, epoch: int) -> int:
     """Return the seed of an epoch's data in a run of a given seed."""
     return seed * 1_000_003 + epoch
 
 
-def shuffled(split: Batched, batch_size: int, *, seed: int = 0, augment: Any = None) -> Loader:
+def shuffled(split: Split, batch_size: int, *, seed: int = 0, augment: Any = None) -> Loader:
     """Return the loader that visits ``split`` in a new order every epoch, the same for the same seed."""
 
     def batches(epoch: int) -> Iterator[Batch]:

@@ -47,7 +47,7 @@ def analyze(model: ModelOptions, data: DataOptions, run: RunOptions) -> None:
         capture = fold(trace(model.load(run.seed), inputs[:2]))
         say("calibrating")
         stats = calibrate(capture, inputs.split(64), placed(capture.graph, rules))
-        found = {}
+        found: dict[str, float] = {}
         layers = [op.name for op in capture.graph.layers if op.kind in rules.layers]
         for number, name in enumerate(layers, 1):
             say(f"layer {number} of {len(layers)}")

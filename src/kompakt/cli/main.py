@@ -2,8 +2,8 @@
 
 import sys
 import warnings
+from collections.abc import Callable
 
-import click
 import typer
 
 from kompakt.cli.bench import bench
@@ -14,6 +14,8 @@ from kompakt.cli.inspect import analyze, inspect
 from kompakt.cli.report import report
 from kompakt.errors import KompaktError
 
+# Typer brings its own copy of click and does not export the root of its usage errors.
+_UsageError: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 BAD_INPUT = 2
 INTERRUPTED = 130
 
@@ -24,7 +26,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for name, command in {
+COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "inspect": inspect,
     "analyze": analyze,
@@ -32,7 +34,8 @@ for name, command in {
     "quantize": quantize_command,
     "bench": bench,
     "report": report,
-}.items():
+}
+for name, command in COMMANDS.items():
     app.command(name)(flatten(command))
 
 
@@ -40,15 +43,13 @@ def main() -> None:
     """Run the command line: 0 done, 2 bad input, 3 budget not met."""
     warnings.simplefilter("ignore")  # libraries' warnings are for developers; the tests run with them as errors
     try:
-        app(standalone_mode=False)
+        sys.exit(app(standalone_mode=False) or 0)
     except KompaktError as error:
         sys.exit(_say(str(error), BAD_INPUT))
-    except click.exceptions.Exit as done:
-        sys.exit(done.exit_code)
-    except click.ClickException as error:
-        sys.exit(_say(error.format_message(), BAD_INPUT))
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         sys.exit(_say("interrupted", INTERRUPTED))
+    except _UsageError as error:
+        sys.exit(_say(error.format_message(), BAD_INPUT))  # type: ignore[attr-defined]
 
 
 def _say(text: str, status: int) -> int:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 import typer
 from torch import Tensor, nn
@@ -41,6 +42,7 @@ class DataOptions:
 
     data: Annotated[str, typer.Option(help="image folder with train/ and val/ or test/, or package.module:callable")]
     resize: Annotated[int | None, typer.Option(help="shorter side before the centre crop")] = None
+    channels: Annotated[int, typer.Option(help="3 for colour, 1 for grey", min=1, max=3)] = 3
     mean: Annotated[str, typer.Option(help="of each channel, comma separated")] = ",".join(map(str, IMAGENET_MEAN))
     std: Annotated[str, typer.Option(help="of each channel, comma separated")] = ",".join(map(str, IMAGENET_STD))
     metric: Annotated[str | None, typer.Option(help="package.module:callable instead of top-1")] = None
@@ -50,7 +52,8 @@ class DataOptions:
 
     def open(self, input_size: int, run: "RunOptions") -> Data:
         """Open the data."""
-        mean, std = _numbers(self.mean, "--mean"), _numbers(self.std, "--std")
+        mean = _numbers(self.mean, "--mean", self.channels)
+        std = _numbers(self.std, "--std", self.channels)
         return open_data(
             self.data,
             seed=run.seed,
@@ -58,13 +61,21 @@ class DataOptions:
             progress=not run.quiet,
             input_size=input_size,
             resize=self.resize,
+            channels=self.channels,
             mean=mean,
             std=std,
         )
 
     def load_metric(self) -> Metric | None:
-        """Load the metric, if one is given."""
-        return load_metric(self.metric) if self.metric else None
+        """Load the metric, if one is given, as a function of arrays."""
+        if self.metric is None:
+            return None
+        metric = load_metric(self.metric)
+
+        def on_arrays(outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
+            return metric(torch.from_numpy(outputs), torch.from_numpy(labels)).numpy()
+
+        return on_arrays
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +89,11 @@ class RunOptions:
     verbose: Annotated[bool, typer.Option("--verbose", help="print every step")] = False
 
 
-def _numbers(text: str, option: str) -> tuple[float, ...]:
+def _numbers(text: str, option: str, channels: int) -> tuple[float, ...]:
     try:
-        return tuple(float(part) for part in text.split(","))
+        found = tuple(float(part) for part in text.split(","))
     except ValueError:
         raise InputError(f"{option} {text}: expected numbers separated by commas, as in 0.5,0.5,0.5") from None
+    if channels == 1 and len(found) == 3:
+        return (sum(found) / 3,)
+    return found

@@ -4,11 +4,13 @@
 ``Graph`` of facts about it. The batch dimension stays symbolic where the model allows it.
 """
 
+import io
+import logging
 import re
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,8 +63,7 @@ def trace(model: nn.Module, example: TorchTensor | tuple[TorchTensor, ...]) -> C
     """
     inputs = (example,) if isinstance(example, TorchTensor) else tuple(example)
     dynamic = tuple({0: torch.export.Dim.AUTO} if value.ndim and value.shape[0] > 1 else None for value in inputs)
-    with _eval_mode(model), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _eval_mode(model), quiet_torch():
         try:
             program = torch.export.export(model, inputs, dynamic_shapes=dynamic, strict=False)
             module = program.module(check_guards=False)
@@ -84,6 +85,20 @@ def read(module: fx.GraphModule, batch: int) -> Graph:
     output = next(node for node in module.graph.nodes if node.op == "output")
     returned = tuple(node.name for node in output.all_input_nodes)
     return Graph(ops=ops, tensors=tensors, outputs=returned, aliases=aliases)
+
+
+@contextmanager
+def quiet_torch() -> Iterator[None]:
+    """Hold back torch's warnings, log and prints: what goes wrong is raised, in one line."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager

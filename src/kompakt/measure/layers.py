@@ -90,7 +90,7 @@ def node_times(path: str | Path, batch: np.ndarray, *, runs: int = 10, threads: 
 
 
 def _bits(made: Mapping[str, Quantizer], name: str | None) -> float:
-    return float(made[name].spec.bits) if name in made else 32.0
+    return float(made[name].spec.bits) if name is not None and name in made else 32.0
 
 
 def _weight_sqnr(original: Capture, made: Mapping[str, Quantizer], name: str) -> float | None:

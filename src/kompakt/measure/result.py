@@ -14,7 +14,7 @@ from kompakt.errors import InputError
 class Record(BaseModel):
     """Base of every record here: immutable, unknown fields refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class Latency(Record):
