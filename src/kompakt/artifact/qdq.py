@@ -9,7 +9,9 @@ import copy
 import torch
 from torch import Tensor, fx, nn
 
+from kompakt.build.integer import averages_image, behind_clamps
 from kompakt.build.layers import BiasQuantizer, Quantizer
+from kompakt.build.quantize import quantizer_of
 from kompakt.graph.trace import Capture, attribute
 from kompakt.numerics.grid import quantize
 from kompakt.spec import PerChannel, PerGroup
@@ -73,10 +75,11 @@ def _(x: Tensor) -> Tensor:
 def to_integers(capture: Capture) -> fx.GraphModule:
     """Return a graph module that stores integers and computes with ``kompakt::`` operators."""
     module = copy.deepcopy(capture.module)
+    _drop_clamps(module)
     for node in list(module.graph.nodes):
         if node.op == "call_function" and node.target is torch.ops.aten.linear.default:
             _spell_out_linear(module, node)
-        elif _averages_image(node):
+        elif averages_image(node):
             _pool_globally(module, node)
     # A weight that was spelled out has no reader left; storing it again would overwrite what was stored.
     module.graph.eliminate_dead_code()
@@ -96,6 +99,19 @@ def to_integers(capture: Capture) -> fx.GraphModule:
     _drop_unread_tensors(module)
     module.recompile()
     return module
+
+
+def _drop_clamps(module: fx.GraphModule) -> None:
+    """Take out the clamps that the grid behind them makes redundant.
+
+    ONNX Runtime does so too, but not where the grid ends a float's rounding above the clamp; the layer
+    would then run in floats.
+    """
+    for node in module.graph.nodes:
+        made = quantizer_of(module, node)
+        if made is not None and not made.spec.dynamic and made.spec.bits == 8 and not _reads_attribute(node):
+            node.update_arg(0, behind_clamps(node, made))
+    module.graph.eliminate_dead_code()
 
 
 def _reads_attribute(node: fx.Node) -> bool:
@@ -140,10 +156,17 @@ def _round_activation(module: fx.GraphModule, node: fx.Node, made: Quantizer) ->
     with module.graph.inserting_before(node):
         scale = _buffer(module, name + "_scale", made.scale)
         zero_point = _buffer(module, name + "_zero_point", made.zero_point.to(kind))
-        integers = module.graph.call_function(torch.ops.kompakt.quantize.default, (node.args[0], scale, zero_point))
+        source = node.args[0] if made.spec.bits == 8 else _clamped(module, node.args[0], made)
+        integers = module.graph.call_function(torch.ops.kompakt.quantize.default, (source, scale, zero_point))
         value = module.graph.call_function(torch.ops.kompakt.dequantize.default, (integers, scale, zero_point, 0))
     node.replace_all_uses_with(value)
     module.graph.erase_node(node)
+
+
+def _clamped(module: fx.GraphModule, node: fx.Node, made: Quantizer) -> fx.Node:
+    """Clamp to a grid that is narrower than the 8 bits to which QuantizeLinear clamps."""
+    ends = [float((end - made.zero_point) * made.scale) for end in (made.spec.qmin, made.spec.qmax)]
+    return module.graph.call_function(torch.ops.aten.clamp.default, (node, *ends))
 
 
 def _spell_out_linear(module: fx.GraphModule, node: fx.Node) -> None:
@@ -176,17 +199,6 @@ def _spell_out_linear(module: fx.GraphModule, node: fx.Node) -> None:
             value = module.graph.call_function(torch.ops.aten.add.Tensor, (value, bias))
     node.replace_all_uses_with(value)
     module.graph.erase_node(node)
-
-
-def _averages_image(node: fx.Node) -> bool:
-    """Whether a node averages whole images; as GlobalAveragePool it has an integer kernel, as ReduceMean none."""
-    if node.op != "call_function" or node.meta["val"] is None or not node.all_input_nodes:
-        return False
-    if node.target is torch.ops.aten.adaptive_avg_pool2d.default:
-        return tuple(node.args[1]) in ((1, 1), (1,)) and node.args[0].meta["val"].ndim == 4
-    if node.target is torch.ops.aten.mean.dim:
-        return node.args[0].meta["val"].ndim == 4 and sorted(dim % 4 for dim in node.args[1]) == [2, 3]
-    return False
 
 
 def _pool_globally(module: fx.GraphModule, node: fx.Node) -> None:
