@@ -274,3 +274,62 @@ def test_weights_with_nan_name_the_tensor(folder: Path, tmp_path: Path, run: Run
     )
     assert status == 2
     assert "conv2.weight" in err
+
+
+def test_prune_removes_channels_trains_and_measures(folder: Path, weights: Path, tmp_path: Path, run: Run) -> None:
+    status, _, err = run(
+        *("prune", MODEL, "--weights", weights, "--data", folder, *SIZE, "--out", tmp_path / "p"),
+        *("--channels", "0.5", "--allocation", "uniform", "--finetune-epochs", "1", "--quiet"),
+    )
+    assert status == 0, err
+    result = Result.read(tmp_path / "p" / "result.json")
+    assert result.compressed.macs < 0.4 * result.baseline.macs
+    assert result.compressed.params < 0.4 * result.baseline.params
+    assert result.compressed.file == "pruned.onnx"
+    assert [stage.name for stage in result.stages] == ["original", "pruned"]
+
+
+def test_pruned_weights_and_plan_rebuild_the_model_to_the_bit(tmp_path: Path, run: Run) -> None:
+    from safetensors.torch import load_file
+
+    from kompakt.build.prune import prune_like
+
+    status, _, err = run("prune", MODEL, *SIZE, "--out", tmp_path / "p", "--channels", "0.5", "--quiet")
+    assert status == 0, err
+    state, plan = load_file(tmp_path / "p" / "pruned.safetensors"), Plan.read(tmp_path / "p" / "plan.json")
+    again = prune_like(residual(), plan, state)
+    x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    session = onnxruntime.InferenceSession(str(tmp_path / "p" / "pruned.onnx"), providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], again.eval()(x).numpy(), atol=1e-4)
+
+
+def test_a_recipe_prunes_trains_and_quantizes_in_one_run(folder: Path, tmp_path: Path, run: Run) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[prune]\nfewer_macs = 2.0\ncriterion = "taylor"\n[finetune]\nepochs = 1\n[quantize]\n')
+    out = tmp_path / "o"
+    status, _, err = run("compress", MODEL, "--data", folder, *SIZE, "--out", out, "--recipe", recipe, "--quiet")
+    assert status == 0, err
+    result = Result.read(tmp_path / "o" / "result.json")
+    assert [stage.name for stage in result.stages] == ["original", "pruned", "quantized"]
+    assert result.compressed.macs <= result.baseline.macs / 2
+    assert result.compressed.bits_per_weight < 12
+    kinds = {entry.kind for entry in Plan.read(tmp_path / "o" / "plan.json").entries}
+    assert {"prune", "quantize"} <= kinds
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--channels", "1.5"), "between 0 and 1"),
+        ((), "--fewer-macs"),
+        (("--channels", "0.5", "--ignore", "conv9"), "conv"),
+        (("--channels", "0.5", "--criterion", "luck"), "luck"),
+        (("--channels", "0.5", "--finetune-epochs", "1"), "--data"),
+    ],
+)
+def test_bad_pruning_input_is_one_line(options: tuple[str, ...], says: str, tmp_path: Path, run: Run) -> None:
+    status, _, err = run("prune", MODEL, *SIZE, "--out", tmp_path / "p", *options)
+    assert status == 2
+    assert says in err
+    assert len(err.strip().splitlines()) == 1

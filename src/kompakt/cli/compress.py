@@ -9,9 +9,10 @@ from kompakt.artifact.targets import target
 from kompakt.cli.options import DataOptions, ModelOptions, RunOptions
 from kompakt.cli.voice import show, speaking
 from kompakt.files import writable_folder
+from kompakt.job import Job
 from kompakt.plan.recipe import BudgetSection, QuantizeSection, Recipe
 from kompakt.report import build_report
-from kompakt.search import Job, compress
+from kompakt.search import compress
 
 OVER_BUDGET = 3
 Out = Annotated[Path, typer.Option(help="folder for the artifact, result.json and report.html")]
@@ -30,7 +31,7 @@ def compress_command(
     asked = Recipe.read(recipe) if recipe else Recipe()
     if max_drop is not None:
         asked = asked.model_copy(update={"budget": BudgetSection(max_drop=max_drop)})
-    _run("compress", asked, target_name, out, model, data, run)
+    run_job("compress", asked, target_name, out, model, data, run)
 
 
 def quantize_command(
@@ -57,10 +58,10 @@ def quantize_command(
         activation_range=activation_range,
     )
     recipe = Recipe(quantize=section, budget=BudgetSection(max_drop=max_drop))
-    _run("quantize", recipe, target_name, out, model, data, run)
+    run_job("quantize", recipe, target_name, out, model, data, run)
 
 
-def _run(
+def run_job(
     command: str, recipe: Recipe, target_name: str, out: Path, model: ModelOptions, data: DataOptions, run: RunOptions
 ) -> None:
     """Load everything, compress, write the report, show the figures."""

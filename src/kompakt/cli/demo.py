@@ -13,9 +13,10 @@ from kompakt.cli.options import RunOptions
 from kompakt.cli.voice import show, speaking
 from kompakt.data import DIGITS, open_data
 from kompakt.files import writable_folder
+from kompakt.job import Job
 from kompakt.plan.recipe import BudgetSection, Recipe
 from kompakt.report import build_report
-from kompakt.search import Job, compress
+from kompakt.search import compress
 from kompakt.weights import save_weights
 
 INPUT_SIZE = 32

@@ -23,7 +23,7 @@ def flatten(command: Callable[..., None]) -> Callable[..., None]:
         '(model: str, *, seed: int = 0) -> None'
     """
     hints = get_type_hints(command, include_extras=True)
-    parts = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    parts: dict[str, Any] = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
     plain = [p for name, p in inspect.signature(command).parameters.items() if name not in parts]
     own = [parameter.replace(annotation=hints[parameter.name]) for parameter in plain]
     shared = [_parameter(field, kind) for kind in parts.values() for field in dataclasses.fields(kind)]

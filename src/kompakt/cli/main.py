@@ -11,6 +11,7 @@ from kompakt.cli.compress import compress_command, quantize_command
 from kompakt.cli.demo import demo
 from kompakt.cli.flatten import flatten
 from kompakt.cli.inspect import analyze, inspect
+from kompakt.cli.prune import finetune, prune
 from kompakt.cli.report import report
 from kompakt.errors import KompaktError
 
@@ -32,6 +33,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "analyze": analyze,
     "compress": compress_command,
     "quantize": quantize_command,
+    "prune": prune,
+    "finetune": finetune,
     "bench": bench,
     "report": report,
 }

@@ -42,7 +42,7 @@ class DataOptions:
 
     data: Annotated[str, typer.Option(help="image folder with train/ and val/ or test/, or package.module:callable")]
     resize: Annotated[int | None, typer.Option(help="shorter side before the centre crop")] = None
-    channels: Annotated[int, typer.Option(help="3 for colour, 1 for grey", min=1, max=3)] = 3
+    grey: Annotated[bool, typer.Option("--grey", help="one channel instead of three")] = False
     mean: Annotated[str, typer.Option(help="of each channel, comma separated")] = ",".join(map(str, IMAGENET_MEAN))
     std: Annotated[str, typer.Option(help="of each channel, comma separated")] = ",".join(map(str, IMAGENET_STD))
     metric: Annotated[str | None, typer.Option(help="package.module:callable instead of top-1")] = None
@@ -52,8 +52,8 @@ class DataOptions:
 
     def open(self, input_size: int, run: "RunOptions") -> Data:
         """Open the data."""
-        mean = _numbers(self.mean, "--mean", self.channels)
-        std = _numbers(self.std, "--std", self.channels)
+        channels = 1 if self.grey else 3
+        mean, std = _numbers(self.mean, "--mean", channels), _numbers(self.std, "--std", channels)
         return open_data(
             self.data,
             seed=run.seed,
@@ -61,7 +61,7 @@ class DataOptions:
             progress=not run.quiet,
             input_size=input_size,
             resize=self.resize,
-            channels=self.channels,
+            channels=channels,
             mean=mean,
             std=std,
         )

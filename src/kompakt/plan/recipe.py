@@ -32,6 +32,38 @@ class QuantizeSection(Section):
     keep: tuple[str, ...] = ()
 
 
+class PruneSection(Section):
+    """``[prune]``: coupled channels that are really removed; see ``kompakt.methods.channels.Knobs``.
+
+    One of ``channels`` (the share that goes), ``fewer_macs`` and ``fewer_params`` (how many times fewer)
+    says how far. The score of a channel is ``criterion``, how much goes where is ``allocation``.
+    """
+
+    channels: float | None = Field(default=None, gt=0, lt=1)
+    fewer_macs: float | None = Field(default=None, gt=1)
+    fewer_params: float | None = Field(default=None, gt=1)
+    criterion: str = "l2"
+    allocation: Literal["uniform", "global", "knapsack"] = "global"
+    align: int = Field(default=1, ge=1)
+    min_width: int = Field(default=4, ge=1)
+    ignore: tuple[str, ...] = ()
+
+
+class FinetuneSection(Section):
+    """``[finetune]``: training of the pruned network, taught by the original where ``teacher`` says so.
+
+    The loss is ``(1 - distill) · cross entropy + distill · soft targets`` at ``temperature``.
+    """
+
+    epochs: int = Field(default=0, ge=0)
+    learning_rate: float = Field(default=0.02, gt=0)
+    batch_size: int = Field(default=128, ge=1)
+    augment: Literal["none", "crop_and_flip"] = "none"
+    teacher: Literal["original", "none"] = "original"
+    distill: float = Field(default=0.5, ge=0, le=1)
+    temperature: float = Field(default=4.0, gt=0)
+
+
 class BudgetSection(Section):
     """``[budget]``: the largest drop in points against the original model."""
 
@@ -47,7 +79,9 @@ class Recipe(Section):
         8
     """
 
-    quantize: QuantizeSection = QuantizeSection()
+    prune: PruneSection | None = None
+    finetune: FinetuneSection = FinetuneSection()
+    quantize: QuantizeSection | None = QuantizeSection()
     budget: BudgetSection = BudgetSection()
 
     @staticmethod
