@@ -83,7 +83,7 @@ def finish(job: Job, before: tuple[StageFile, ...], chosen: Chosen, started: flo
         left_alone=_left(job, chosen),
         decisions=chosen.decisions,
         parity=_parity(job, chosen),
-        snippet=job.target.snippet.format(file=chosen.path.name, shape=tuple(one.shape), normal=job.data.description),
+        snippet=job.target.snippet.format(file=chosen.path.name, shape=tuple(one.shape)),
         files=_files(job, before, chosen),
         versions=versions(),
         machine=machine(),

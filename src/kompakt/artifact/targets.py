@@ -18,7 +18,7 @@ import onnxruntime as ort
 
 session = ort.InferenceSession("{file}", providers=["CPUExecutionProvider"])
 name = session.get_inputs()[0].name
-batch = np.zeros({shape}, dtype=np.float32)  # images as the model was trained on: RGB, {normal}
+batch = np.zeros({shape}, dtype=np.float32)  # put your input here, prepared as for training
 outputs = session.run(None, {{name: batch}})[0]
 print(outputs.argmax(axis=1))
 """
@@ -47,7 +47,7 @@ class Target:
         suffix: of its files.
         export: writes the file.
         open: opens a file with a number of threads.
-        snippet: how to run the artifact, with fields ``file``, ``shape`` and ``normal``.
+        snippet: how to run the artifact, with fields ``file`` and ``shape``.
     """
 
     rules: Rules
