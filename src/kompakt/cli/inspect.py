@@ -11,6 +11,7 @@ from kompakt.artifact.targets import target
 from kompakt.cli.options import DataOptions, ModelOptions, RunOptions
 from kompakt.cli.voice import speaking
 from kompakt.graph.calibrate import calibrate
+from kompakt.graph.coupling import couple
 from kompakt.graph.fold import fold
 from kompakt.graph.graph import Left
 from kompakt.graph.trace import Capture, trace
@@ -24,7 +25,7 @@ def inspect(model: ModelOptions, run: RunOptions) -> None:
     capture = trace(model.load(run.seed), model.example())
     folded = fold(capture)
     _, left = uniform(folded.graph, target("onnxruntime").rules)
-    left += tuple(_unfolded(folded))
+    left += tuple(_unfolded(folded)) + couple(capture.graph).left
     if run.json:
         print(json.dumps(_facts(capture, left), indent=1))
     elif not run.quiet:
