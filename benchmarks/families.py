@@ -333,8 +333,9 @@ def main() -> int:
     for name in arguments.only or FAMILIES:
         rows.append(in_own_process(name, arguments.limit))
         print(line(rows[-1]), flush=True)
+        if not arguments.only:
+            PAGE.write_text(page(rows))
     if not arguments.only:
-        PAGE.write_text(page(rows))
         print(f"wrote {PAGE}")
     return int(any(row.reason for row in rows))
 
