@@ -31,7 +31,7 @@ __all__ = [
 
 _HOMES = {
     "Data": "kompakt.data",
-    "Job": "kompakt.search",
+    "Job": "kompakt.job",
     "KompaktError": "kompakt.errors",
     "Plan": "kompakt.plan",
     "Recipe": "kompakt.plan.recipe",
