@@ -30,7 +30,7 @@ ORDER = (
     },
     {"methods", "artifact"},
     {"measure"},
-    {"job", "slim", "finish", "search", "federated", "report"},
+    {"job", "refinement", "slim", "finish", "search", "federated", "report"},
     {"cli"},
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

@@ -23,6 +23,7 @@ from kompakt.methods.uniform import Knobs, uniform
 from kompakt.plan.plan import Plan
 from kompakt.plan.recipe import QuantizeSection
 from kompakt.plan.rules import placed
+from kompakt.refinement import notes, prepared, refine
 from kompakt.slim import Slim, slim
 from kompakt.weights import save_weights
 
@@ -105,6 +106,7 @@ def _quantized(job: Job, section: QuantizeSection, capture: Capture, baseline: P
     """Quantize within the budget."""
     job.say("scoring the original on the validation split")
     reference = job.judge.score(baseline, job.data.validation)
+    capture = prepared(section, capture)
     stats = _calibrated(job, section, capture)
     best, decisions = _within_budget(job, section, capture, stats, reference)
     final = best.path.replace(job.out / f"model{job.target.suffix}")
@@ -118,7 +120,7 @@ def _quantized(job: Job, section: QuantizeSection, capture: Capture, baseline: P
         path=final,
         did="uniform integers, calibrated after training",
         kept=best.kept,
-        decisions=decisions,
+        decisions=(*notes(section, job.target.suffix), *decisions),
         left=(*found.left, *left),
     )
 
@@ -136,7 +138,7 @@ def knobs(section: QuantizeSection, keep: frozenset[str] = frozenset()) -> Knobs
         weight_bits=section.weight_bits,
         activation_bits=section.activation_bits,
         group_size=section.group_size,
-        weight_range=section.weight_range,
+        weight_range=section.weight_range or ("mse" if (section.weight_bits or 8) < 8 else "minmax"),
         activation_range=section.activation_range,
         dynamic=section.dynamic,
         keep=frozenset(section.keep) | keep,
@@ -180,7 +182,7 @@ def _candidate(
 ) -> Candidate:
     """Plan, apply, export and judge with some layers kept in float."""
     plan, _ = uniform(capture.graph, job.target.rules, knobs(section, frozenset(kept)))
-    made = quantize(capture, plan, stats)
+    made = refine(job, section, capture, quantize(capture, plan, stats), plan)
     job.say(f"exporting with {len(kept)} layers in float" if kept else "exporting")
     path = _export(job, made, f"candidate-{len(kept)}")
     job.say("scoring the exported file on the validation split")

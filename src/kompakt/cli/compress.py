@@ -46,6 +46,12 @@ def quantize_command(
     activation_range: Annotated[
         Literal["minmax", "moving", "percentile", "mse", "kl"], typer.Option(help="range estimator")
     ] = "mse",
+    rounding: Annotated[
+        Literal["nearest", "gptq", "retarget", "adaround"] | None,
+        typer.Option(help="how weights are rounded; default: retarget at 4 bits or fewer, else nearest"),
+    ] = None,
+    bias_correction: Annotated[bool, typer.Option("--bias-correction", help="mend the mean of each layer")] = False,
+    equalize: Annotated[bool, typer.Option("--equalize", help="move scale between layers first")] = False,
     max_drop: Annotated[float | None, typer.Option(help="points that may be lost", min=0.0)] = None,
     target_name: Annotated[str, typer.Option("--target", help="runtime that the artifact is for")] = "onnxruntime",
 ) -> None:
@@ -56,6 +62,9 @@ def quantize_command(
         dynamic=dynamic,
         calibration_examples=calibration,
         activation_range=activation_range,
+        rounding=rounding,
+        bias_correction=bias_correction,
+        equalize=equalize,
     )
     recipe = Recipe(quantize=section, budget=BudgetSection(max_drop=max_drop))
     run_job("quantize", recipe, target_name, out, model, data, run)

@@ -46,7 +46,7 @@ def layer_table(
             macs=op.macs,
             weight_bits=_bits(made, op.ref("weight")),
             activation_bits=_bits(made, op.ref("input")),
-            weight_sqnr_db=_weight_sqnr(original, made, str(op.ref("weight"))),
+            weight_sqnr_db=_weight_sqnr(original, quantized, made, str(op.ref("weight"))),
             output_sqnr_db=_finite(sqnr_db(before[op.name], after[op.name])),
             latency_ms=times.get(op.name),
             note=notes.get(op.name, ""),
@@ -93,12 +93,12 @@ def _bits(made: Mapping[str, Quantizer], name: str | None) -> float:
     return float(made[name].spec.bits) if name is not None and name in made else 32.0
 
 
-def _weight_sqnr(original: Capture, made: Mapping[str, Quantizer], name: str) -> float | None:
+def _weight_sqnr(original: Capture, quantized: Capture, made: Mapping[str, Quantizer], name: str) -> float | None:
     if name not in made:
         return None
-    weight = attribute(original.module, name).detach()
+    weight, stored = (attribute(each.module, name).detach() for each in (original, quantized))
     with torch.no_grad():
-        return _finite(sqnr_db(weight.numpy(), made[name](weight).numpy()))
+        return _finite(sqnr_db(weight.numpy(), made[name](stored).numpy()))
 
 
 def _finite(value: float) -> float | None:

@@ -18,16 +18,21 @@ class Section(BaseModel):
 class QuantizeSection(Section):
     """``[quantize]``: uniform integers after training.
 
-    Bits that are not given are the target's own. ``equalize`` runs cross-layer equalization,
-    ``bias_correction`` repairs the mean shift of each layer, ``rounding`` chooses the integers.
+    Bits that are not given are the target's own. ``equalize`` moves scale between layers,
+    ``bias_correction`` mends the mean of each layer's output, ``rounding`` chooses the integers of the
+    weights (``kompakt.build.refine``): where nothing is said, ``retarget`` at 4 bits or fewer, else
+    ``nearest``. The range of weights is, where nothing is said, ``mse`` below 8 bits, else ``minmax``.
     """
 
     weight_bits: int | None = Field(default=None, ge=1, le=8)
     activation_bits: int | None = Field(default=None, ge=1, le=8)
     group_size: int | None = Field(default=None, ge=1)
-    weight_range: Literal["minmax", "mse"] = "minmax"
+    weight_range: Literal["minmax", "mse"] | None = None
     activation_range: Literal["minmax", "moving", "percentile", "mse", "kl"] = "mse"
     dynamic: bool = False
+    equalize: bool = False
+    bias_correction: bool = False
+    rounding: Literal["nearest", "gptq", "retarget", "adaround"] | None = None
     calibration_examples: int = Field(default=512, ge=1)
     keep: tuple[str, ...] = ()
 

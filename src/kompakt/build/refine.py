@@ -1,0 +1,268 @@
+"""Choose the integers of a quantized capture on data, layer by layer, each seeing what those before it became.
+
+The float and the quantized model are streamed side by side over the same inputs (``kompakt.build.stream``). Before a
+layer runs, its weight is rounded anew for the inputs that the quantized model so far gives it; what comes out is
+written on the grid into the capture, so that the simulator and every exporter read the very same integers.
+"""
+
+import copy
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, fx
+
+from kompakt.build.layers import Quantizer
+from kompakt.build.quantize import quantizer_of
+from kompakt.build.stream import Stream
+from kompakt.errors import KompaktError, PlanError
+from kompakt.graph.fold import set_parameter
+from kompakt.graph.graph import Graph, Op, Value
+from kompakt.graph.trace import Capture, attribute
+from kompakt.numerics.bias import channel_means, corrected_bias
+from kompakt.numerics.grid import affine_params, dequantize, saturation_scale, scale_for_bias
+from kompakt.numerics.moments import Conv, cross_moment, second_moment
+from kompakt.numerics.ranges import weight_range
+from kompakt.numerics.rounding import Annealing, Reconstruction, adaround, descend, gptq, retarget
+from kompakt.plan.plan import Plan, Quantize
+
+Rounding = Literal["nearest", "gptq", "retarget", "adaround"]
+REFINABLE = frozenset({"conv1d", "conv2d", "conv3d", "linear"})
+ANNEALING = Annealing(iterations=500)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refinement:
+    """How a quantized capture is refined.
+
+    Args:
+        rounding: ``nearest`` leaves the weights; ``gptq`` rounds for the layer's inputs; ``retarget`` first moves the
+            float weight so that it mends the errors of the layers before, takes its range, then rounds like
+            ``gptq``; ``adaround`` learns for every weight whether to go up or down.
+        bias_correction: mend the mean of each layer's output in its bias.
+        annealing: of ``adaround``.
+        seed: of the batches that ``adaround`` draws.
+    """
+
+    rounding: Rounding = "retarget"
+    bias_correction: bool = False
+    annealing: Annealing = ANNEALING
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layer:
+    """One layer of both models, about to run.
+
+    Args:
+        op: its facts.
+        alone: whether no other layer reads its weight or its bias.
+        node: in the quantized graph.
+        entry: of its weight in the plan.
+        weight: of the float model.
+        quantizer: of its weight.
+        floats: its inputs in the float model, a batch each.
+        inputs: its inputs in the quantized model.
+    """
+
+    op: Op
+    alone: bool
+    node: fx.Node
+    entry: Quantize
+    weight: Tensor
+    quantizer: Quantizer
+    floats: list[Tensor]
+    inputs: list[Tensor]
+
+    @property
+    def conv(self) -> Conv | None:
+        """The convolution's arguments, None for a linear layer."""
+        if self.op.kind == "linear":
+            return None
+        kernel = tuple(self.weight.shape[2:])
+        stride, padding, dilation = (
+            _spread(self.op.arguments[key], len(kernel)) for key in ("stride", "padding", "dilation")
+        )
+        groups = self.op.arguments["groups"]
+        assert isinstance(groups, int)
+        return Conv(kernel=kernel, stride=stride, padding=padding, dilation=dilation, groups=groups)
+
+
+def refined(
+    original: Capture, quantized: Capture, plan: Plan, batches: Iterable[Tensor], how: Refinement = Refinement()
+) -> Capture:
+    """Return a copy of a quantized capture whose weights are rounded, and biases corrected, for data.
+
+    Nagel et al. 2020 (AdaRound), arXiv 2004.10568; Frantar et al. 2022 (GPTQ), arXiv 2210.17323; Li et al. 2025
+    (GPTAQ), arXiv 2504.02692; bias correction Nagel et al. 2019 (DFQ), arXiv 1906.04721. All in all about two
+    forward passes over ``batches``, which stay in memory (``kompakt.build.stream.fitting``), and the solving.
+
+    Args:
+        original: the folded float capture.
+        quantized: what ``kompakt.build.quantize.quantize`` made of it.
+        plan: the plan that it was made with.
+        batches: calibration inputs, batch first, some hundreds of examples.
+        how: rounding and bias correction.
+
+    Returns:
+        A capture with tensors of its own. A layer whose weight another layer reads too, and one whose padding is
+        not given in numbers, keeps rounding to nearest.
+
+    Raises:
+        InputError: there is no batch, or a layer's inputs are not finite.
+        PlanError: the captures are not of the same model.
+    """
+    made = copy.deepcopy(quantized.module)
+    examples = list(batches)
+    ours, theirs = Stream(made, examples), Stream(original.module, examples)
+    entries = {entry.tensor: entry for entry in plan.of(Quantize) if entry.role == "weight"}
+    present = {node.name for node in made.graph.nodes}
+    for op in original.graph.layers:
+        entry = entries.get(str(op.ref("weight")))
+        if entry is None:
+            continue
+        if op.name not in present:
+            raise PlanError(f"{op.name}: the quantized model has no such layer; expected two captures of one model")
+        try:
+            _refine(_standing_before(op, entry, original.graph, ours, theirs), ours, theirs, how)
+        except KompaktError as error:
+            raise type(error)(f"{op.name}: {error}") from None
+    return Capture(module=made, graph=quantized.graph, example=quantized.example)
+
+
+def bias_corrected(original: Capture, quantized: Capture, plan: Plan, batches: Iterable[Tensor]) -> Capture:
+    """Return a copy of a quantized capture with the mean of every layer's output mended; weights as they are."""
+    return refined(original, quantized, plan, batches, Refinement(rounding="nearest", bias_correction=True))
+
+
+def _standing_before(op: Op, entry: Quantize, graph: Graph, ours: Stream, theirs: Stream) -> _Layer:
+    """Run both streams up to a layer and tell what there is to know of it."""
+    node, reference = ours.before(op.name), theirs.before(op.name)
+    quantizer = quantizer_of(ours.module, _operand(node, 1))
+    source, original = _operand(node, 0), _operand(reference, 0)
+    assert quantizer is not None
+    assert source is not None
+    assert original is not None
+    reader = _bias_reader(node)
+    shared = reader is not None and len(graph.users.get(str(reader.target), ())) > 1
+    return _Layer(
+        op=op,
+        alone=len(graph.users[entry.tensor]) == 1 and not shared,
+        node=node,
+        entry=entry,
+        weight=attribute(theirs.module, entry.tensor).detach(),
+        quantizer=quantizer,
+        floats=theirs.values(original),
+        inputs=ours.values(source),
+    )
+
+
+def _refine(layer: _Layer, ours: Stream, theirs: Stream, how: Refinement) -> None:
+    """Round a layer's weight and correct its bias, in the module of ``ours``, both streams standing before it."""
+    reader = _bias_reader(layer.node)
+    if how.rounding != "nearest" and _solvable(layer):
+        if how.rounding == "adaround":
+            weight = _learned(layer, ours.module, theirs.peek(), how)
+        else:
+            weight = _solved(layer, ours.module, how.rounding == "retarget")
+        set_parameter(ours.module, layer.entry.tensor, weight.contiguous())
+    if how.bias_correction and layer.alone and reader is not None:
+        _correct_bias(layer, str(reader.target), ours, theirs)
+
+
+def _solvable(layer: _Layer) -> bool:
+    """Whether a layer's weight is its own, its bias a stored one, and its output a product of patches with it."""
+    if _operand(layer.node, 2) is not None and _bias_reader(layer.node) is None:
+        return False
+    return layer.alone and layer.op.kind in REFINABLE and not isinstance(layer.op.arguments.get("padding"), str)
+
+
+def _learned(layer: _Layer, module: fx.GraphModule, targets: list[Tensor], how: Refinement) -> Tensor:
+    """Return the layer's weight on its grid, every value rounded the way that AdaRound learned."""
+    params = (layer.quantizer.scale, layer.quantizer.zero_point, layer.quantizer.spec)
+    inputs = torch.cat(layer.inputs)
+    problem = Reconstruction(layer=_function(layer, module), inputs=inputs, targets=torch.cat(targets))
+    generator = torch.Generator().manual_seed(how.seed)
+    return dequantize(adaround(layer.weight, *params, problem, how.annealing, generator), *params)
+
+
+def _solved(layer: _Layer, module: fx.GraphModule, moves: bool) -> Tensor:
+    """Return the layer's weight on its grid, rounded for its inputs; one that ``moves`` is retargeted first."""
+    weight, hessian = layer.weight, _summed(second_moment(x, layer.conv) for x in layer.inputs)
+    if moves:
+        pairs = zip(layer.floats, layer.inputs, strict=True)
+        weight = retarget(weight, _summed(cross_moment(x, y, layer.conv) for x, y in pairs), hessian)
+        _set_grid(layer, weight, module)
+    params = (layer.quantizer.scale, layer.quantizer.zero_point, layer.quantizer.spec)
+    q = descend(weight, gptq(weight, hessian, *params), hessian, params)
+    return dequantize(q, *params)
+
+
+def _summed(parts: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(Tensor.add_, parts)
+
+
+def _set_grid(layer: _Layer, weight: Tensor, module: fx.GraphModule) -> None:
+    """Give the layer's quantizer the range of ``weight``, under the same conditions as ``quantize`` sets it."""
+    made, spec = layer.quantizer, layer.quantizer.spec
+    scale, zero_point = affine_params(*weight_range(weight, spec, layer.entry.range), spec)
+    if spec.saturation_free:
+        scale = saturation_scale(weight, spec, scale)
+    bias, source = _operand(layer.node, 2), quantizer_of(module, _operand(layer.node, 0))
+    reader = _bias_reader(layer.node)
+    if bias is not reader and reader is not None and source is not None and scale.ndim:
+        scale = scale_for_bias(scale, attribute(module, str(reader.target)), source.scale)
+    made.scale, made.zero_point = scale, zero_point
+
+
+def _function(layer: _Layer, module: fx.GraphModule) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the layer, with its bias, as a function of inputs and weight."""
+    operator, options = layer.node.target, layer.node.args[3:]
+    assert callable(operator)
+    bias = _operand(layer.node, 2)
+    value = None if bias is None else _constant(module, bias)
+    return lambda x, weight: operator(x, weight, value, *options)
+
+
+def _constant(module: fx.GraphModule, node: fx.Node) -> Tensor:
+    if node.op == "get_attr":
+        return attribute(module, str(node.target)).detach()
+    source = _operand(node, 0)
+    assert source is not None
+    return module.get_submodule(str(node.target))(_constant(module, source))
+
+
+def _bias_reader(layer: fx.Node) -> fx.Node | None:
+    """The node that reads a layer's bias, behind its rounding or not; None where it has none or computes it."""
+    bias = _operand(layer, 2)
+    if bias is not None and bias.op == "call_module":
+        bias = _operand(bias, 0)
+    return bias if bias is not None and bias.op == "get_attr" else None
+
+
+def _operand(node: fx.Node, index: int) -> fx.Node | None:
+    """The node that is the argument of another at ``index``, or None."""
+    value = node.args[index] if len(node.args) > index else None
+    return value if isinstance(value, fx.Node) else None
+
+
+def _correct_bias(layer: _Layer, name: str, ours: Stream, theirs: Stream) -> None:
+    """Set a layer's bias so that the mean of its output is that of the float model's."""
+    axis = -1 if layer.op.kind == "linear" else 1
+    wanted, given = (_mean(stream.peek(), axis) for stream in (theirs, ours))
+    bias = attribute(ours.module, name).detach()
+    set_parameter(ours.module, name, corrected_bias(bias, wanted, given))
+
+
+def _mean(outputs: list[Tensor], axis: int) -> Tensor:
+    weights = torch.tensor([float(y.numel()) for y in outputs], dtype=torch.float64)
+    means = torch.stack([channel_means(y, axis).double() for y in outputs])
+    return ((weights / weights.sum())[:, None] * means).sum(0).float()
+
+
+def _spread(value: Value, dims: int) -> tuple[int, ...]:
+    """Give every dimension its value where one stands for all."""
+    values = tuple(int(str(item)) for item in (value if isinstance(value, tuple) else (value,)))
+    return values * dims if len(values) == 1 else values
