@@ -1,5 +1,8 @@
 """Small networks, one for each pattern that has integer kernels, and how to quantize them."""
 
+from collections.abc import Callable
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -9,7 +12,7 @@ from kompakt.graph.calibrate import calibrate
 from kompakt.graph.fold import fold
 from kompakt.graph.trace import Capture, trace
 from kompakt.methods.uniform import Knobs, uniform
-from kompakt.plan.rules import ONNXRUNTIME, placed
+from kompakt.plan.rules import ONNXRUNTIME, Rules, placed
 
 
 class Residual(nn.Module):
@@ -131,7 +134,34 @@ class Tokens(nn.Module):
         return self.linear2(F.relu(self.linear1(torch.flatten(x, 1, 2))))
 
 
-NETS = {net.__name__: net for net in (Residual, Shapes, Depthwise, Concat, Pools, Gate, Flat, Tokens)}
+class Clamped(Depthwise):
+    """A clamp whose ends lie inside the grid behind it, which the runtime runs in floats."""
+
+    def __init__(self) -> None:
+        super().__init__(top=2.0)
+
+
+NETS = {net.__name__: net for net in (Residual, Shapes, Depthwise, Clamped, Concat, Pools, Gate, Flat, Tokens)}
+
+
+class Together(nn.Module):
+    """All of ``NETS`` on one input, their outputs laid flat side by side: one capture and one export for all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(net() for net in NETS.values())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map N×3×12×12 to N×(all outputs)."""
+        return torch.cat([torch.flatten(net(x), 1) for net in self.nets], dim=1)
+
+
+def split(outputs: np.ndarray) -> dict[str, np.ndarray]:
+    """Cut an output of ``Together`` into those of the nets."""
+    one = torch.zeros(1, 3, 12, 12)
+    with torch.no_grad():
+        sizes = [net()(one).numel() for net in NETS.values()]
+    return dict(zip(NETS, np.split(outputs, np.cumsum(sizes)[:-1], axis=1), strict=True))
 
 
 def inputs(count: int, seed: int = 0) -> Tensor:
@@ -139,15 +169,15 @@ def inputs(count: int, seed: int = 0) -> Tensor:
     return torch.randn(count, 3, 12, 12, generator=torch.Generator().manual_seed(seed))
 
 
-def quantized(model: nn.Module, data: Tensor, knobs: Knobs = Knobs()) -> Capture:
-    """Fold, calibrate and quantize a model for ONNX Runtime."""
+def quantized(model: nn.Module, data: Tensor, knobs: Knobs = Knobs(), rules: Rules = ONNXRUNTIME) -> Capture:
+    """Fold, calibrate and quantize a model."""
     capture = fold(trace(model, data[:2]))
-    stats = calibrate(capture, data.split(32), placed(capture.graph, ONNXRUNTIME, knobs.keep))
-    plan, _ = uniform(capture.graph, ONNXRUNTIME, knobs)
+    stats = calibrate(capture, data.split(32), placed(capture.graph, rules, knobs.keep))
+    plan, _ = uniform(capture.graph, rules, knobs)
     return quantize(capture, plan, stats)
 
 
-def small(name: str) -> Capture:
-    """Build and quantize one of ``NETS`` with fixed random weights."""
+def seeded(make: Callable[[], nn.Module], knobs: Knobs = Knobs(), rules: Rules = ONNXRUNTIME) -> Capture:
+    """Build a model with fixed random weights and quantize it."""
     torch.manual_seed(0)
-    return quantized(NETS[name](), inputs(64))
+    return quantized(make(), inputs(64), knobs, rules)
