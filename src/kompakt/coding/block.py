@@ -23,6 +23,7 @@ FINE_BITS, COARSE_BITS = 12, 10
 FINE_RATE = 1.0
 LANE_SHARE = 0.005
 LANE_BYTES = 0.8
+SMALL_BLOCK = 2**14
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,13 @@ def encode_block(members: list[Integers]) -> bytes:
     Returns:
         the block; it has the number of members and all parameters, but not their shapes and dtypes.
     """
-    smallest = _assemble(members, choose(members))
+    choice = choose(members)
+    found = _assemble(members, choice)
+    if len(found) > SMALL_BLOCK or not any(isinstance(entry, Coded) for entry in choice.entries):
+        return found
+    # The tables and lanes of a coded section may cost a small block more than they save.
     plain = Choice(tuple(plain_entry(member.values)[0] for member in members))
-    return min(smallest, _assemble(members, plain), key=len)
+    return min(found, _assemble(members, plain), key=len)
 
 
 def _assemble(members: list[Integers], choice: Choice) -> bytes:
@@ -73,7 +78,8 @@ def _plain_sections(members: list[Integers], choice: Choice) -> tuple[dict[int, 
     raw: list[bytes] = []
     for index, (member, entry) in enumerate(zip(members, choice.entries, strict=True)):
         if isinstance(entry, Packed):
-            raw.append(pack(member.values.reshape(-1).astype(np.int64) - entry.least, entry.bits))
+            values = member.values.astype(np.int64) - entry.least if entry.least else member.values
+            raw.append(pack(values, entry.bits))
         elif isinstance(entry, Huffman):
             symbols = member.values.reshape(-1).astype(np.int64) - entry.least
             streams[index] = huffman.encode(symbols, entry.lengths)
@@ -95,12 +101,9 @@ def _code(members: list[Integers], choice: Choice) -> _Coded:
     coded = [(member, entry) for member, entry in zip(members, choice.entries, strict=True) if isinstance(entry, Coded)]
     models = [Member(layout_of(member.values.shape, entry.flat), entry) for member, entry in coded]
     arrays = [_split(member.values, entry)[0] for member, entry in coded]
-    coarse = _calls(models, arrays, choice, COARSE_BITS)
-    count = sum(array.size for array in arrays)
+    # Many parametric tables of 2¹² slots do not fit the cache; few tables do, and low rates need them.
     parametric = any(not model.model.stored for model in models)
-    if not parametric or _payload_bits(coarse) < FINE_RATE * count:
-        return _calls(models, arrays, choice, FINE_BITS)
-    return coarse
+    return _calls(models, arrays, choice, COARSE_BITS if parametric and choice.rate >= FINE_RATE else FINE_BITS)
 
 
 def _payload_bits(section: _Coded) -> float:

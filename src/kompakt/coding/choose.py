@@ -6,7 +6,7 @@ import numpy as np
 
 from kompakt.coding.bitpack import packed_size
 from kompakt.coding.fit import Fit, finish, start
-from kompakt.coding.header import Coded, Constant, Entry, Huffman, Packed
+from kompakt.coding.header import MOST_SHIFT, Coded, Constant, Entry, Huffman, Packed
 from kompakt.coding.huffman import MOST_SYMBOLS, code_lengths
 from kompakt.coding.kernels import Layout, Scales, layout_of, to_taps
 from kompakt.coding.models import SHAPES, SYMBOLS
@@ -14,12 +14,15 @@ from kompakt.coding.tablesets import Sample, TableSet, build, cost
 
 LEAST_VALUES = 32
 MOST_CODED = 2**20
+MOST_COUNTED = 2**16
 COMMON = 0.2
 OFF_CENTER = 0.25
 SHIFTED_MEAN = 3.0
 CODED_HEADER_BITS = 48
 HUFFMAN_SPAN = 512
+MOST_HUFFMAN = 2**12  # beyond, a coded section is smaller and decodes faster
 CHOICE_BITS = 10
+WORTH = 0.98  # planes of noise are packed without a trial
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,17 +61,28 @@ class Option:
     @property
     def sample(self) -> Sample:
         """What the member offers to stored tables."""
+        values = self.values.reshape(-1).astype(np.int32)
+        if self.member.flat:
+            return Sample(values)
         last = self.fits[-1]
-        return Sample(last.classes.reshape(-1), last.predicted.reshape(-1), self.values.reshape(-1).astype(np.int32))
+        return Sample(values, last.classes.reshape(-1), last.predicted.reshape(-1))
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The entries of a block, its parametric shape, and its table sets as the bytes that store them."""
+    """How a block is coded.
+
+    Args:
+        entries: one for each member.
+        shape: the parametric shape.
+        sets: the table sets, as the bytes that store them.
+        rate: about the bits that a coded value takes.
+    """
 
     entries: tuple[Entry, ...]
     shape: int = 0
     sets: tuple[bytes, ...] = ()
+    rate: float = 0.0
 
 
 def plain_entry(values: np.ndarray) -> tuple[Entry, float]:
@@ -79,7 +93,7 @@ def plain_entry(values: np.ndarray) -> tuple[Entry, float]:
         return Constant(least), 24.0
     bits = (most - least).bit_length()
     packed = 8.0 * packed_size(flat.size, bits) + 32
-    if most - least < min(HUFFMAN_SPAN, MOST_SYMBOLS):
+    if most - least < min(HUFFMAN_SPAN, MOST_SYMBOLS) and flat.size <= MOST_HUFFMAN:
         counts = np.bincount((flat.astype(np.int64) - least).astype(np.int64), minlength=most - least + 1)
         lengths = code_lengths(counts)
         total = int((counts * lengths.astype(np.int64)).sum())
@@ -94,16 +108,19 @@ def choose(members: list[Integers]) -> Choice:
     entries = [entry for entry, _ in plain]
     wanted = [i for i, entry in enumerate(entries) if _may_be_coded(members[i], entry)]
     options, shape = _options({i: members[i] for i in wanted}, {i: plain[i][1] for i in wanted})
+    prices: dict[int, float] = {}
     for index, option in options.items():
         if option.parametric_bits < option.plain_bits:
-            entries[index] = _parametric_entry(option)
+            entries[index], prices[index] = _parametric_entry(option), option.parametric_bits
     sets: list[bytes] = []
     for family in dict.fromkeys(option.member.family for option in options.values()):
         group = {i: option for i, option in options.items() if option.member.family == family and not option.shift}
         raw, chosen = _stored(group, len(sets))
-        entries = [chosen.get(index, entry) for index, entry in enumerate(entries)]
+        for index, (entry, price) in chosen.items():
+            entries[index], prices[index] = entry, price
         sets += [raw] if chosen else []
-    return Choice(tuple(entries), shape, tuple(sets))
+    size = sum(members[index].values.size for index in prices)
+    return Choice(tuple(entries), shape, tuple(sets), sum(prices.values()) / max(size, 1))
 
 
 def best_bits(member: Integers) -> float:
@@ -122,28 +139,36 @@ def best_bits(member: Integers) -> float:
 
 def center_of(values: np.ndarray) -> int:
     """The integer about which values lie: zero, their commonest value or their median."""
-    flat = values.reshape(-1).astype(np.int64)
-    median = int(np.sort(flat)[flat.size // 2])
-    spread = float(np.abs(flat - median).mean())
+    flat = values.reshape(-1)
+    least, most = int(flat.min()), int(flat.max())
+    counts = np.bincount(flat.astype(np.int64) - least) if most - least < MOST_COUNTED else None
+    if counts is None:
+        median = int(np.partition(flat, flat.size // 2)[flat.size // 2])
+    else:
+        median = least + int(np.searchsorted(np.cumsum(counts), flat.size // 2, side="right"))
+    spread = float(np.abs(flat.astype(np.int64) - median).mean())
     if values.dtype.kind == "i" and abs(median) <= max(1.0, OFF_CENTER * spread):
         return 0
-    if int(flat.max()) - int(flat.min()) < MOST_SYMBOLS:
-        counts = np.bincount(flat - flat.min())
-        if counts.max() > COMMON * flat.size:
-            return int(flat.min()) + int(np.argmax(counts))
+    if counts is not None and counts.max() > COMMON * flat.size:
+        return least + int(np.argmax(counts))
     return median
 
 
 def shift_of(values: np.ndarray, center: int) -> int:
     """How many low bits are as good as noise: all that keep the mean magnitude above three steps."""
     mean = float(np.abs(values.astype(np.int64) - center).mean())
-    return max(0, int(np.floor(np.log2(max(mean, 1e-9) / SHIFTED_MEAN))))
+    return int(np.clip(np.floor(np.log2(max(mean, 1e-9) / SHIFTED_MEAN)), 0, MOST_SHIFT))
 
 
 def _may_be_coded(member: Integers, plain: Entry) -> bool:
     if isinstance(plain, Constant) or member.values.size < LEAST_VALUES:
         return False
-    return not member.flat or int(member.values.max()) - int(member.values.min()) < SYMBOLS
+    if not member.flat:
+        return True
+    values = member.values.reshape(-1).astype(np.int64)
+    counts = np.bincount(values - values.min())
+    taken = values.size * np.log2(values.size) - (counts * np.log2(np.maximum(counts, 1))).sum()
+    return counts.size <= SYMBOLS and float(taken) < WORTH * values.size * (counts.size - 1).bit_length()
 
 
 def _options(members: dict[int, Integers], plain_bits: dict[int, float]) -> tuple[dict[int, Option], int]:
@@ -202,8 +227,8 @@ def _parametric_entry(option: Option) -> Coded:
     )
 
 
-def _stored(options: dict[int, Option], number: int) -> tuple[bytes, dict[int, Entry]]:
-    """A table set for the members that gain from it: the bytes that store it, and their entries."""
+def _stored(options: dict[int, Option], number: int) -> tuple[bytes, dict[int, tuple[Entry, float]]]:
+    """A table set for the members that gain from it: the bytes that store it, their entries and prices."""
     rivals = {index: min(option.plain_bits, option.parametric_bits) for index, option in options.items()}
     inside = list(options)
     for _ in range(2):
@@ -220,7 +245,7 @@ def _stored(options: dict[int, Option], number: int) -> tuple[bytes, dict[int, E
         inside = [index for index in inside if prices[index] < rivals[index]]
     if sum(rivals[index] - prices[index] for index in inside) <= 8 * len(raw):
         return b"", {}
-    return raw, {index: _stored_entry(options[index], table_set, number) for index in inside}
+    return raw, {index: (_stored_entry(options[index], table_set, number), prices[index]) for index in inside}
 
 
 def _stored_bits(option: Option, table_set: TableSet) -> float:

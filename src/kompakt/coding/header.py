@@ -79,8 +79,8 @@ def write_entry(entry: Entry) -> bytes:
         return bytes([HUFFMAN]) + head + pack(entry.lengths, LENGTH_BITS) + varint(entry.size_bytes)
     present = (entry.weights, entry.scales.rows, entry.scales.columns, entry.scales.taps)
     flags = sum(1 << place for place, part in enumerate(present) if part is not None) + FLAT * entry.flat
-    mode = TABLE if entry.stored else PARAMETRIC
-    return bytes([mode]) + zigzag(entry.center) + bytes([entry.shift, flags, entry.scales.base, entry.index])
+    mode, last = (TABLE, entry.index) if entry.stored else (PARAMETRIC, entry.shift)
+    return bytes([mode]) + zigzag(entry.center) + bytes([flags, entry.scales.base, last])
 
 
 def read_entry(cursor: Cursor) -> Entry:
@@ -97,16 +97,16 @@ def read_entry(cursor: Cursor) -> Entry:
         return Packed(value, cursor.u8(32, "the width of packed values"))
     if mode == HUFFMAN:
         return _read_huffman(cursor, value)
-    shift = cursor.u8(0 if mode == TABLE else MOST_SHIFT, "the shift")
     flags = cursor.u8(2 * FLAT - 1, "the flags of a member")
     if flags & FLAT and flags != FLAT:
         raise FormatError(f"{cursor.where}: a flat member with factors or a prediction; the file is corrupt")
     base = cursor.u8(CLASSES - 1, "the base class")
+    last = cursor.u8(255 if mode == TABLE else MOST_SHIFT, "the table set or the shift")
     empty = np.zeros(0, np.int64)
     return Coded(
         stored=mode == TABLE,
         center=value,
-        shift=shift,
+        shift=last if mode == PARAMETRIC else 0,
         flat=bool(flags & FLAT),
         scales=Scales(
             base=base,
@@ -115,7 +115,7 @@ def read_entry(cursor: Cursor) -> Entry:
             taps=empty if flags & TAPS else None,
         ),
         weights=empty if flags & PREDICTED else None,
-        index=cursor.u8(255 if mode == TABLE else 0, "the table set"),
+        index=last if mode == TABLE else 0,
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from kompakt.coding.block import encode_block
 from kompakt.coding.choose import Integers, best_bits
 from kompakt.coding.kernels import layout_of
-from kompakt.coding.planes import KINDS, NAMES, join, pieces, specs, split
+from kompakt.coding.planes import KINDS, MOST_PIECE, NAMES, join, pieces, specs, split
 from kompakt.coding.unblock import decode_block
 from kompakt.coding.wire import Cursor, varint
 from kompakt.errors import FormatError, InputError
@@ -67,7 +67,7 @@ def decode_integers(data: bytes | memoryview, *, max_values: int = 2**31) -> np.
     if KINDS[dtype].fields or (place != NO_AXIS and place >= dimensions):
         raise FormatError(f"coded integers: dtype {dtype}, axis {place} of {dimensions}; the data is corrupt")
     # Every piece has a block of at least three bytes: the shape is bounded by the data.
-    if prod(shape) > max_values or prod(shape) > 2**20 * (cursor.left + 1):
+    if prod(shape) > max_values or prod(shape) > MOST_PIECE * (cursor.left + 1):
         raise FormatError(f"coded integers: {prod(shape)} values, at most {max_values} expected")
     parts = []
     for piece in pieces(shape):

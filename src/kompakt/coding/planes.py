@@ -12,7 +12,8 @@ import numpy as np
 from kompakt.coding.choose import Integers
 from kompakt.coding.unblock import Spec
 
-MOST_PIECE = 2**20
+MOST_PIECE = 2**21
+MOST_JOINED = 2**12
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,6 @@ KINDS = {
     "float8_e5m2": _kind(16, "u1", Field(0, 8)),
 }
 NAMES = {kind.code: name for name, kind in KINDS.items()}
-VALUES = "values"
 
 
 def pieces(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -82,6 +82,38 @@ def pieces(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
     return [(min(step, shape[0] - start), *shape[1:]) for start in range(0, shape[0], step)]
 
 
+@dataclass(frozen=True)
+class Group:
+    """Pieces of a block that are coded as one array.
+
+    Args:
+        places: which pieces of the block.
+        shape: the shape of the array.
+        dtype: their dtype's name.
+    """
+
+    places: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def groups(held: list[tuple[tuple[int, ...], str]]) -> list[Group]:
+    """Join the small rows of a block: a hundred scales and biases make one array, not a hundred.
+
+    Args:
+        held: shape and dtype of each piece of the block.
+    """
+    joined: dict[str, list[int]] = {}
+    alone = []
+    for place, (shape, dtype) in enumerate(held):
+        if prod(shape) <= MOST_JOINED and (KINDS[dtype].fields or len(shape) < 2):
+            joined.setdefault(dtype, []).append(place)
+        else:
+            alone.append(Group((place,), shape, dtype))
+    rows = [Group(tuple(found), (sum(prod(held[i][0]) for i in found),), dtype) for dtype, found in joined.items()]
+    return [*rows, *alone]
+
+
 def split(piece: np.ndarray, dtype: str) -> list[Integers]:
     """The members of a piece.
 
@@ -92,12 +124,12 @@ def split(piece: np.ndarray, dtype: str) -> list[Integers]:
     kind = KINDS[dtype]
     if kind.fields:
         planes = [_plane(piece, field) for field in kind.fields]
-        return [Integers(values=p, flat=True, family=f"{dtype}.{i}") for i, p in enumerate(planes)]
+        return [Integers(values=p, flat=True, family=f"{dtype}.{i}.{p.ndim == 1}") for i, p in enumerate(planes)]
     if kind.storage.itemsize == 8:
         low = (piece & piece.dtype.type(0xFFFFFFFF)).astype("<u4")
         high = (piece >> piece.dtype.type(32)).astype(kind.storage.str.replace("8", "4"))
-        return [Integers(values=low, family=VALUES), Integers(values=high, family=VALUES)]
-    return [Integers(values=piece, family=VALUES)]
+        return [Integers(values=low, family=f"{dtype}.low"), Integers(values=high, family=f"{dtype}.high")]
+    return [Integers(values=piece, family=dtype)]
 
 
 def specs(shape: tuple[int, ...], dtype: str) -> list[Spec]:

@@ -25,6 +25,7 @@ BINS = 64
 MOST_CONTEXTS = 64
 GRIDS = ((1, 1), (4, 1), (8, 1), (1, 4), (1, 8), (3, 4), (4, 8), (8, 8))
 ESCAPE_BITS = 16.0
+_NOTHING = np.zeros(0, np.int32)
 
 
 @dataclass(frozen=True)
@@ -55,22 +56,28 @@ class TableSet:
 
 @dataclass(frozen=True)
 class Sample:
-    """What a member offers to a set: its scale classes, predictions and values, one-dimensional."""
+    """What a member offers to a set, one-dimensional: its values, and their scale classes and predictions.
 
-    classes: np.ndarray
-    predicted: np.ndarray
+    Flat members have neither classes nor predictions (None).
+    """
+
     values: np.ndarray
+    classes: np.ndarray | None = None
+    predicted: np.ndarray | None = None
 
     @property
     def symbols(self) -> np.ndarray:
         """The symbols 0 … 255 of the values, mirrored where the prediction is negative."""
-        return symbols(self.values, self.predicted)
+        values = self.values if self.predicted is None else np.where(self.predicted < 0, -self.values, self.values)
+        return np.where((values < -ZERO) | (values >= ESCAPE - ZERO), ESCAPE, values + ZERO)
 
-
-def symbols(values: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """Symbols of integers, mirrored where the prediction is negative; the escape beyond −128 … 126."""
-    found = np.where(predicted < 0, -values, values).astype(np.int32) + ZERO
-    return np.where((found < 0) | (found >= ESCAPE), ESCAPE, found)
+    def histogram(self, table_set: TableSet) -> np.ndarray:
+        """How often each symbol occurs in each context of a set: [contexts, 256]."""
+        rows = len(table_set.frequencies)
+        if self.classes is None or rows == 1:
+            return np.bincount(self.symbols, minlength=rows * SYMBOLS).reshape(rows, SYMBOLS)
+        contexts = table_set.contexts(self.classes, self.predicted)
+        return np.bincount(contexts * SYMBOLS + self.symbols, minlength=rows * SYMBOLS).reshape(rows, SYMBOLS)
 
 
 def build(samples: list[Sample], bits: int) -> tuple[TableSet, bytes]:
@@ -79,13 +86,7 @@ def build(samples: list[Sample], bits: int) -> tuple[TableSet, bytes]:
     Returns:
         the set and the bytes that store it.
     """
-    classes, predicted, values = (
-        np.concatenate([getattr(sample, name) for sample in samples]) for name in ("classes", "predicted", "values")
-    )
-    found = symbols(values, predicted)
-    magnitude = np.minimum(np.abs(predicted), BINS - 1)
-    grids = dict.fromkeys((_thresholds(classes, c, CLASSES), _thresholds(magnitude, b, BINS)) for c, b in GRIDS)
-    options = [_count(grid, classes, magnitude, found) for grid in grids]
+    options = [_count(grid, samples) for grid in _grids(samples)]
     grid, counts, _ = min(options, key=lambda option: option[2])
     stored = [histogram_codes(row) for row in counts]
     raw = bytes([len(grid[0]) + 1, *grid[0], len(grid[1]) + 1, *grid[1]])
@@ -96,10 +97,7 @@ def build(samples: list[Sample], bits: int) -> tuple[TableSet, bytes]:
 
 def cost(table_set: TableSet, sample: Sample) -> float:
     """Bits that a sample takes under a set."""
-    counts = _histogram(
-        table_set.contexts(sample.classes, sample.predicted), sample.symbols, len(table_set.frequencies)
-    )
-    table = table_set.frequencies
+    counts, table = sample.histogram(table_set), table_set.frequencies
     total = np.log2(table[0].sum())
     price = np.where(table > 0, total - np.log2(np.maximum(table, 1)), 0.0)
     escape = np.broadcast_to(price[:, ESCAPE:] + ESCAPE_BITS, price.shape)
@@ -132,25 +130,31 @@ def _read_thresholds(cursor: Cursor, below: int) -> tuple[int, ...]:
     return found
 
 
-def _thresholds(values: np.ndarray, parts: int, below: int) -> tuple[int, ...]:
-    """Thresholds that cut values into about equal parts."""
-    cumulated = np.cumsum(np.bincount(values, minlength=below))
-    cuts = np.searchsorted(cumulated, np.arange(1, parts) * values.size / parts, side="right")
-    return tuple(int(cut) for cut in np.unique(cuts) if 0 < cut < below)
+def _grids(samples: list[Sample]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Thresholds on classes and predictions to try; none where the samples are flat."""
+    classes = np.concatenate([sample.classes for sample in samples if sample.classes is not None] or [_NOTHING])
+    predicted = np.concatenate([sample.predicted for sample in samples if sample.predicted is not None] or [_NOTHING])
+    spread = np.bincount(classes, minlength=CLASSES)
+    sizes = np.bincount(np.minimum(np.abs(predicted), BINS - 1), minlength=BINS)
+    return list(dict.fromkeys((_thresholds(spread, c), _thresholds(sizes, b)) for c, b in GRIDS))
+
+
+def _thresholds(counts: np.ndarray, parts: int) -> tuple[int, ...]:
+    """Thresholds that cut values, given how often each occurs, into about equal parts."""
+    cumulated = np.cumsum(counts)
+    cuts = np.searchsorted(cumulated, np.arange(1, parts) * cumulated[-1] / parts, side="right")
+    # A cut that leaves nothing below it, or nothing above it, parts nothing.
+    return tuple(int(cut) for cut in np.unique(cuts) if 0 < cut < counts.size and cumulated[cut - 1] > 0)
 
 
 def _count(
-    grid: tuple[tuple[int, ...], tuple[int, ...]], classes: np.ndarray, magnitude: np.ndarray, found: np.ndarray
+    grid: tuple[tuple[int, ...], tuple[int, ...]], samples: list[Sample]
 ) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], np.ndarray, float]:
     """Histograms under a grid of thresholds, and the bits that values and tables take."""
     contexts = (len(grid[0]) + 1) * (len(grid[1]) + 1)
     probe = TableSet(*grid, np.zeros((contexts, SYMBOLS), np.int64))
-    counts = _histogram(probe.contexts(classes, magnitude), found, contexts)
+    counts = np.sum([sample.histogram(probe) for sample in samples], axis=0)
     totals = counts.sum(axis=1)
     taken = float((totals * np.log2(np.maximum(totals, 1))).sum() - (counts * np.log2(np.maximum(counts, 1))).sum())
     spans = [np.ptp(np.flatnonzero(row[:ESCAPE])) + 2 if row[:ESCAPE].any() else 2 for row in counts]
     return grid, counts, taken + 16 * contexts + 6 * float(sum(spans)) + ESCAPE_BITS * float(counts[:, ESCAPE].sum())
-
-
-def _histogram(contexts: np.ndarray, found: np.ndarray, rows: int) -> np.ndarray:
-    return np.bincount(contexts * SYMBOLS + found, minlength=rows * SYMBOLS).reshape(rows, SYMBOLS)

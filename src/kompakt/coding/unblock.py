@@ -20,8 +20,8 @@ from kompakt.coding.tablesets import TableSet, read_set
 from kompakt.coding.wire import Cursor
 from kompakt.errors import FormatError
 
-MOST_MEMBER = 2**20
-MOST_BLOCK = 9 * 2**20
+MOST_MEMBER = 2**21
+MOST_BLOCK = 9 * 2**21
 MOST_MEMBERS = 2**16
 TABLE_BITS = (10, 12)
 MOST_MAGNITUDE = 2**20
