@@ -28,6 +28,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from kompakt.artifact.onnx import HEAVY_FLOAT_OPS, INTEGER_OPS, export_onnx, open_onnx, runtime_ops
+from kompakt.build.integer import exact
 from kompakt.build.quantize import quantize
 from kompakt.errors import KompaktError
 from kompakt.graph.calibrate import calibrate
@@ -89,9 +90,10 @@ runtime computes what was simulated.
 - **in integers**: layers (convolutions and linear maps) whose weights ship as integers.
 - **integer kernels**, **float Conv/Gemm/MatMul**, **Q and DQ left**: nodes of the graph that ONNX Runtime made of
   the file; products of two activations (attention) are among the float ones.
-- **simulated = runtime**: the quantized PyTorch graph against ONNX Runtime on 64 other crops: share of
-  equal classes, signal-to-noise ratio (200 = equal), largest difference in 1/255 of the outputs' range. The two sum
-  in another order, so a value in a thousand falls on the other side of a rounding; random deep networks amplify that.
+- **simulated = runtime**: the integers computed in PyTorch (`kompakt.build.integer.exact`) against ONNX Runtime on
+  64 other crops: share of equal classes, signal-to-noise ratio (200 = equal), largest difference in 1/255 of the
+  outputs' range. Where float ops stand between integer ones, a value in a thousand falls on the other side of a
+  rounding, and random deep networks amplify that.
 - **accuracy**, **int8 to float**: on the same crops: the original model, and the int8 file in ONNX Runtime.
 - **time**: one thread, a batch of one, interleaved; below 1 is faster.
 """
@@ -151,7 +153,7 @@ def measure(name: str, folder: Path) -> Row:
     _, export_s = timed(lambda: export_onnx(quantized, files[1]))
     export_onnx(capture, files[0])
 
-    before, simulated, actual = (run(form, test) for form in (model, quantized.module, from_file(files[1])))
+    before, simulated, actual = (run(form, test) for form in (model, exact(quantized).module, from_file(files[1])))
     parity = compare(simulated, actual, step=float(np.ptp(simulated)) / 255)
     ops = runtime_ops(files[1])
     return Row(
