@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from kompakt.artifact.index import HEADER_BYTES, read_header, read_index
-from kompakt.artifact.records import Part, Record
+from kompakt.artifact.records import Part
 from kompakt.artifact.restore import restore, restored_dtype, restored_shape
 from kompakt.coding.planes import KINDS, groups, join, pieces, specs
 from kompakt.coding.unblock import decode_block
@@ -22,6 +22,8 @@ BASE_BYTES, RATIO = 2**28, 4096
 
 class Reader:
     """A ``.kpk`` file, open: its index is read and checked, its tensors are decoded when asked for.
+
+    ``records`` has the records by name, in the order of the file.
 
     Args:
         source: a path, or the bytes of a file.
@@ -41,6 +43,7 @@ class Reader:
             self.index = read_index(raw, offset - HEADER_BYTES, self.where)
             self._limit = BASE_BYTES + RATIO * len(self._data) if max_bytes is None else max_bytes
             self._check_size()
+            self.records = {record.name: record for record in self.index.records}
             self._places = self._locate()
         except FormatError:
             self.close()
@@ -60,11 +63,6 @@ class Reader:
             self._data.release()
             if self._map is not None:
                 self._map.close()
-
-    @property
-    def records(self) -> dict[str, Record]:
-        """Records by name, in the order of the file."""
-        return {record.name: record for record in self.index.records}
 
     @property
     def metadata(self) -> dict[str, Any]:

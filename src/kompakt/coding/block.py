@@ -9,13 +9,14 @@ import numpy as np
 
 from kompakt.coding import huffman
 from kompakt.coding.bitpack import pack
+from kompakt.coding.bundle import Member, Tables
 from kompakt.coding.choose import Choice, Integers, choose, plain_entry
 from kompakt.coding.header import Coded, Huffman, Packed, write_entry
 from kompakt.coding.kernels import layout_of, to_taps
 from kompakt.coding.models import SYMBOLS, histogram_codes, histogram_frequencies, write_histogram
 from kompakt.coding.rans import MOST_LANES_LOG, Call, capacity, encode
 from kompakt.coding.sides import side_call, side_symbols
-from kompakt.coding.stream import Member, Tables, encode_values, make_bundles
+from kompakt.coding.stream import encode_values, make_bundles
 from kompakt.coding.tablesets import read_set
 from kompakt.coding.wire import Cursor, varint
 

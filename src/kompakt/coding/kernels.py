@@ -15,6 +15,7 @@ from kompakt.coding.models import CLASSES, FRACTIONS
 MOST_TAPS = 64
 WINDOW = 9
 WEIGHT_UNIT = 64
+LEAST_CLASS, GREATEST_CLASS = np.array(0, np.int16), np.array(CLASSES - 1, np.int16)
 EXACT = 2**24  # integers below this are exact in 32-bit floats, whatever the order of a sum
 
 
@@ -101,7 +102,7 @@ class Scales:
 
 def bounded(classes: np.ndarray) -> np.ndarray:
     """Scale classes within 0 … 36."""
-    return np.clip(classes, 0, CLASSES - 1)
+    return np.minimum(np.maximum(classes, LEAST_CLASS), GREATEST_CLASS)
 
 
 def to_taps(values: np.ndarray, layout: Layout) -> np.ndarray:

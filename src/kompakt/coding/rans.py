@@ -92,6 +92,11 @@ class Reader:
         self._shift, self._mask, self._low, self._high, self._word = (np.array(value) for value in constants)
         self._floor = np.array(1 << 2 * bits)
 
+    @property
+    def round(self) -> int:
+        """Symbols of a whole round; a call may be read in parts of whole rounds."""
+        return 2 * self._states.size
+
     def read(self, contexts: np.ndarray, table: np.ndarray) -> np.ndarray:
         """Pop one symbol for each context.
 

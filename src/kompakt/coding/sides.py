@@ -8,10 +8,10 @@ from itertools import pairwise
 
 import numpy as np
 
+from kompakt.coding.bundle import Member
 from kompakt.coding.kernels import WINDOW, Scales, weight_rows
 from kompakt.coding.models import ESCAPE, ZERO
 from kompakt.coding.rans import Call, Reader, decoding_table, symbol_of
-from kompakt.coding.stream import Member
 from kompakt.errors import FormatError
 
 

@@ -25,6 +25,7 @@ BINS = 64
 MOST_CONTEXTS = 64
 GRIDS = ((1, 1), (4, 1), (8, 1), (1, 4), (1, 8), (3, 4), (4, 8), (8, 8))
 ESCAPE_BITS = 16.0
+SIMPLER = 1.001
 _NOTHING = np.zeros(0, np.int32)
 
 
@@ -46,12 +47,14 @@ class TableSet:
 
     def contexts(self, classes: np.ndarray, predicted: np.ndarray | None) -> np.ndarray:
         """The context of each value, int32, given its scale class and its prediction in eighths."""
-        rows = np.searchsorted(self.classes, np.arange(CLASSES), side="right").astype(np.int32)
-        found = (rows * (len(self.bins) + 1) + self.first)[classes]
-        if predicted is None or not self.bins:
-            return found
-        bins = np.searchsorted(self.bins, np.arange(BINS), side="right").astype(np.int32)
-        return found + bins[np.minimum(np.abs(predicted), BINS - 1)]
+        found = np.full(classes.shape, self.first, np.int32)
+        for threshold in self.classes:
+            found += np.multiply(classes >= threshold, np.int32(len(self.bins) + 1))
+        if predicted is not None and self.bins:
+            magnitude = np.abs(predicted)
+            for threshold in self.bins:
+                found += magnitude >= threshold
+        return found
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,9 @@ def build(samples: list[Sample], bits: int) -> tuple[TableSet, bytes]:
         the set and the bytes that store it.
     """
     options = [_count(grid, samples) for grid in _grids(samples)]
-    grid, counts, _ = min(options, key=lambda option: option[2])
+    least = min(taken for _, _, taken in options)
+    # The first is the simplest: contexts that save next to nothing only cost time.
+    grid, counts, _ = next(option for option in options if option[2] <= SIMPLER * least)
     stored = [histogram_codes(row) for row in counts]
     raw = bytes([len(grid[0]) + 1, *grid[0], len(grid[1]) + 1, *grid[1]])
     raw += b"".join(write_histogram(first, codes) for first, codes in stored)

@@ -10,12 +10,13 @@ import numpy as np
 
 from kompakt.coding import huffman
 from kompakt.coding.bitpack import packed_size, unpack
+from kompakt.coding.bundle import Member, Tables
 from kompakt.coding.header import Coded, Constant, Entry, Huffman, Packed, read_entry
 from kompakt.coding.kernels import from_taps, layout_of
 from kompakt.coding.models import SHAPES, read_histogram
 from kompakt.coding.rans import Reader
 from kompakt.coding.sides import read_sides
-from kompakt.coding.stream import Member, Tables, decode_values, make_bundles
+from kompakt.coding.stream import decode_values, make_bundles
 from kompakt.coding.tablesets import TableSet, read_set
 from kompakt.coding.wire import Cursor
 from kompakt.errors import FormatError
@@ -111,7 +112,7 @@ def _read_escapes(head: Cursor) -> np.ndarray:
 def _decode_coded(
     cursor: Cursor, coded: list[tuple[int, Coded]], specs: list[Spec], tables: _Tables
 ) -> tuple[dict[int, np.ndarray], bytes]:
-    """The modelled values of each coded member, int64 arrays, and the bytes that the stream carries."""
+    """The modelled values of each coded member, float32 [K, N], and the bytes that the stream carries."""
     members = [Member(layout_of(specs[index].shape, entry.flat), entry) for index, entry in coded]
     reader = Reader(cursor, tables.bits)
     members = read_sides(members, reader, tables.factors, tables.weights)
@@ -121,8 +122,7 @@ def _decode_coded(
     found = {}
     for bundle in bundles:
         for place, part in bundle.parts:
-            index = coded[place][0]
-            found[index] = from_taps(bundle.values[:, part], specs[index].shape)
+            found[coded[place][0]] = bundle.values[:, part]
     return found, reader.close()
 
 
@@ -155,20 +155,33 @@ def _restore(
         assert stream is not None
         return _shifted(huffman.decode(stream, entry.lengths, spec.size), entry.least, spec, raw.where)
     assert high is not None
-    if not entry.shift:
-        return _shifted(high, entry.center, spec, raw.where)
-    low = unpack(raw.take(_raw_size(entry, spec)), entry.shift, spec.size).reshape(spec.shape)
-    values = (high.astype(np.int64) << entry.shift) + low
-    return _shifted(values, entry.center - (1 << entry.shift >> 1), spec, raw.where)
+    low = unpack(raw.take(_raw_size(entry, spec)), entry.shift, spec.size) if entry.shift else None
+    return _unmodel(high, low, entry, spec, raw.where)
+
+
+def _unmodel(high: np.ndarray, low: np.ndarray | None, entry: Coded, spec: Spec, where: str) -> np.ndarray:
+    """A coded member from its modelled values [K, N] and its low bits."""
+    if low is None and entry.center == 0 and high.size:
+        _check_range(int(high.min()), int(high.max()), spec, where)
+        return from_taps(high.astype(spec.dtype), spec.shape)
+    wide = np.int64 if entry.shift > 8 or abs(entry.center) > 2**24 else np.int32
+    values = from_taps(high.astype(wide), spec.shape)
+    if low is not None:
+        values <<= entry.shift
+        values += low.reshape(spec.shape)
+    return _shifted(values, entry.center - (1 << entry.shift >> 1), spec, where)
 
 
 def _shifted(values: np.ndarray, offset: int, spec: Spec, where: str) -> np.ndarray:
     """``values + offset`` in the member's dtype, checked against it."""
     if values.size:
         _check_range(int(values.min()) + offset, int(values.max()) + offset, spec, where)
-    narrow = spec.dtype.itemsize < 4 and abs(offset) < 2**30
+    if offset == 0:
+        return values.astype(spec.dtype, copy=False).reshape(spec.shape)
+    narrow = spec.dtype.itemsize < 4 and abs(offset) < 2**30 and values.dtype.itemsize <= 4
     wide = values.astype(np.int32 if narrow else np.int64)
-    return (wide + offset).astype(spec.dtype).reshape(spec.shape)
+    wide = wide + offset
+    return wide.astype(spec.dtype).reshape(spec.shape)
 
 
 def _check_range(least: int, most: int, spec: Spec, where: str) -> None:
