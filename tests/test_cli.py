@@ -83,7 +83,7 @@ def test_compress_writes_an_artifact_that_runs_and_a_result_that_says_so(compres
     assert result.parity.max_abs_error <= result.parity.output_step
     assert {layer.weight_bits for layer in result.layers} == {8.0}
     assert result.baseline.latency_ms is not None
-    assert {"report.html", "result.json", "plan.json", "model.onnx", "baseline.onnx"} == {
+    assert {"report.html", "result.json", "plan.json", "model.onnx", "model.kpk", "baseline.onnx"} == {
         path.name for path in compressed.iterdir()
     }
     assert Plan.read(compressed / "plan.json").entries
@@ -333,3 +333,21 @@ def test_bad_pruning_input_is_one_line(options: tuple[str, ...], says: str, tmp_
     assert status == 2
     assert says in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_pack_and_unpack_return_the_very_same_file(compressed: Path, tmp_path: Path, run: Run) -> None:
+    status, out, err = run("pack", compressed, "-o", tmp_path / "m.kpk", "--json")
+    assert status == 0, err
+    assert json.loads(out)["out_bytes"] == (tmp_path / "m.kpk").stat().st_size
+    assert (tmp_path / "m.kpk").read_bytes() == (compressed / "model.kpk").read_bytes()
+    assert run("unpack", tmp_path / "m.kpk", "-o", tmp_path / "m.onnx")[0] == 0
+    assert (tmp_path / "m.onnx").read_bytes() == (compressed / "model.onnx").read_bytes()
+
+
+def test_packing_what_is_no_model_is_one_line(tmp_path: Path, run: Run) -> None:
+    (tmp_path / "x.onnx").write_bytes(b"no model at all")
+    for arguments in (("pack", tmp_path / "x.onnx"), ("pack", tmp_path / "x.txt"), ("unpack", tmp_path / "x.onnx")):
+        status, _, err = run(*arguments, "-o", tmp_path / "out")
+        assert status == 2, arguments
+        assert len(err.strip().splitlines()) == 1
+        assert not (tmp_path / "out").exists()

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from kompakt.artifact.kpk_onnx import pack_onnx
 from kompakt.build.integer import exact
 from kompakt.files import atomic_write
 from kompakt.graph.graph import Left
@@ -18,6 +19,8 @@ from kompakt.measure.machine import machine, versions
 from kompakt.measure.parity import compare
 from kompakt.measure.result import Budget, Drop, Layer, LeftAlone, Parity, Result, Stage
 from kompakt.plan.plan import Plan
+
+PACKED = "model.kpk"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +71,7 @@ def finish(job: Job, before: tuple[StageFile, ...], chosen: Chosen, started: flo
     first, last = stages[0].measurement, stages[-1]
     drop, limit = last.drop or Drop(points=0.0, ci95=(0.0, 0.0)), job.recipe.budget.max_drop
     one = chosen.capture.example[0][:1].numpy()
+    packed = pack_onnx(chosen.path, job.out / PACKED) if chosen.path.suffix == ".onnx" else None
     result = Result(
         command=job.command,
         model=job.name,
@@ -83,6 +87,7 @@ def finish(job: Job, before: tuple[StageFile, ...], chosen: Chosen, started: flo
         left_alone=_left(job, chosen),
         decisions=chosen.decisions,
         parity=_parity(job, chosen),
+        packed_bytes=packed,
         snippet=job.target.snippet.format(file=chosen.path.name, shape=tuple(one.shape)),
         files=_files(job, before, chosen),
         versions=versions(),
@@ -105,7 +110,7 @@ def _measured(job: Job, before: tuple[StageFile, ...], chosen: Chosen) -> tuple[
     scores = [job.judge.score(stage.path, job.data.test) for stage in files]
     job.say("timing original and artifact, interleaved")
     times = job.judge.times({stage.name: stage.path for stage in files}, chosen.capture.example[0][:1].numpy())
-    found = []
+    found: list[Stage] = []
     for stage, score in zip(files, scores, strict=True):
         seen = measurement(stage.name, stage.path, score, times[stage.name], macs=stage.macs, threads=job.threads)
         drop = job.judge.drop(scores[0], score) if found else None
@@ -133,8 +138,10 @@ def _left(job: Job, chosen: Chosen) -> tuple[LeftAlone, ...]:
 def _files(job: Job, before: tuple[StageFile, ...], chosen: Chosen) -> dict[str, str]:
     files = {"artifact": chosen.path.name, "plan": "plan.json", "result": "result.json", "report": "report.html"}
     files |= {("baseline" if stage is before[0] else stage.name): stage.path.name for stage in before}
-    if (job.out / "pruned.safetensors").exists():
-        files["weights"] = "pruned.safetensors"
+    if (job.out / PACKED).exists():
+        files["packed"] = PACKED
+    for stage in before[1:]:
+        files[f"{stage.name} weights"] = f"{stage.name}.safetensors"
     return files
 
 

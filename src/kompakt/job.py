@@ -31,6 +31,7 @@ class Job:
         seed: of everything that is drawn.
         command: for the record.
         say: is told what is going on.
+        progress: whether training may show a bar.
     """
 
     model: nn.Module
@@ -46,6 +47,7 @@ class Job:
     seed: int = 0
     command: str = "compress"
     say: Callable[[str], None] = field(default=lambda text: None)
+    progress: bool = True
 
     @property
     def judge(self) -> Judge:

@@ -70,9 +70,10 @@ def compress(job: Job) -> Result:
     found = slim(job, example)
     capture = original if found.model is job.model else fold(trace(found.model, example))
     if found.did:
-        save_weights(found.model, job.out / "pruned.safetensors")
-        path = _export(job, capture, "pruned")
-        stages.append(StageFile(name="pruned", did=found.did, path=path, macs=capture.graph.macs))
+        name = "pruned" if found.plan.entries else "trained"
+        save_weights(found.model, job.out / f"{name}.safetensors")
+        path = _export(job, capture, name)
+        stages.append(StageFile(name=name, did=found.did, path=path, macs=capture.graph.macs))
     chosen = _quantized(job, job.recipe.quantize, capture, baseline, found) if job.recipe.quantize else None
     return finish(job, tuple(stages), chosen or _float(stages[-1], capture, found), started)
 

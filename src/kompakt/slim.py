@@ -50,7 +50,7 @@ def slim(job: Job, example: Tensor) -> Slim:
         found = pruned(job.model, job.data, prune, example, job.seed)
     if tune.epochs:
         job.say(f"training for {tune.epochs} epochs")
-        found = tuned(found, job.model, job.data, tune, job.seed)
+        found = tuned(found, job.model, job.data, tune, seed=job.seed, progress=job.progress)
     return found
 
 
@@ -76,7 +76,9 @@ def pruned(model: nn.Module, data: Data | None, section: PruneSection, example: 
     return Slim(model=made.eval(), plan=plan, did=_told(coupling, plan, section), left=coupling.left)
 
 
-def tuned(found: Slim, original: nn.Module, data: Data, section: FinetuneSection, seed: int) -> Slim:
+def tuned(
+    found: Slim, original: nn.Module, data: Data, section: FinetuneSection, *, seed: int, progress: bool = False
+) -> Slim:
     """Train the smaller network, with the original as teacher if the recipe says so."""
     model = copy.deepcopy(found.model)
     settings = TrainSettings(
@@ -91,7 +93,7 @@ def tuned(found: Slim, original: nn.Module, data: Data, section: FinetuneSection
     augment = crop_and_flip if section.augment == "crop_and_flip" else None
     loader = shuffled(data.train, section.batch_size, seed=seed, augment=augment)
     teachers = (Teacher(model=original),) if taught else ()
-    train(model, loader, settings, objective=objective, teachers=teachers, hooks=Hooks(progress=True))
+    train(model, loader, settings, objective=objective, teachers=teachers, hooks=Hooks(progress=progress))
     with_teacher = " with the original as teacher" if taught else ""
     did = f"{found.did}; trained for {section.epochs} epochs{with_teacher}".removeprefix("; ")
     return Slim(model=model.eval(), plan=found.plan, did=did, left=found.left)

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from kompakt.artifact.onnx import open_onnx
 from kompakt.artifact.targets import target
-from kompakt.cli.options import DataOptions, RunOptions
+from kompakt.cli.options import ModelOptions, OptionalDataOptions, RunOptions
 from kompakt.cli.voice import speaking
 from kompakt.data import Split
 from kompakt.measure.judge import Judge
@@ -34,19 +34,12 @@ class Row:
     accuracy_ci95: tuple[float, float] | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class OptionalData:
-    """Data, where accuracy is asked."""
-
-    data: Annotated[str | None, typer.Option(help="image folder or package.module:callable, for accuracy")] = None
-    input_size: Annotated[int, typer.Option(help="height and width of the input", min=1)] = 224
-    resize: Annotated[int | None, typer.Option(help="shorter side before the centre crop")] = None
-
-
 def bench(
     artifacts: Annotated[list[Path], typer.Argument(help="ONNX files; the first is the baseline")],
-    data: OptionalData,
+    data: OptionalDataOptions,
     run: RunOptions,
+    input_size: Annotated[int, typer.Option(help="height and width of the input", min=1)] = 224,
+    grey: Annotated[bool, typer.Option("--grey", help="one input channel instead of three")] = False,
     seconds: Annotated[float, typer.Option(help="to spend on timing", min=0.1)] = 20.0,
 ) -> None:
     """Compare artifacts: bytes, latency (interleaved), and accuracy where --data is given."""
@@ -56,22 +49,17 @@ def bench(
         example = np.zeros([size if isinstance(size, int) else 1 for size in shape], dtype=np.float32)
         say("timing, interleaved")
         timed = interleave({k: partial(s, example) for k, s in sessions.items()}, seconds=seconds, seed=run.seed)
-        split = _test_split(data, run)
-        rows = [_row(path, timed[str(path)], split, run) for path in artifacts]
+        shape_of = ModelOptions(model="", input_size=input_size, grey=grey)
+        split = data.open(shape_of, run).test if data.data is not None else None
+        judge = Judge(target=target("onnxruntime"), metric=data.load_metric(), threads=run.threads, seed=run.seed)
+        rows = [_row(path, timed[str(path)], split, judge) for path in artifacts]
     if run.json:
         print(json.dumps([row.__dict__ for row in rows], indent=1))
     elif not run.quiet:
         Console().print(_table(rows, run.threads))
 
 
-def _test_split(data: OptionalData, run: RunOptions) -> Split | None:
-    if data.data is None:
-        return None
-    return DataOptions(data=data.data, resize=data.resize).open(data.input_size, run).test
-
-
-def _row(path: Path, times: Times, split: Split | None, run: RunOptions) -> Row:
-    judge = Judge(target=target("onnxruntime"), threads=run.threads, seed=run.seed)
+def _row(path: Path, times: Times, split: Split | None, judge: Judge) -> Row:
     score = judge.score(path, split) if split is not None else None
     return Row(
         file=str(path),

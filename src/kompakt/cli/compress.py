@@ -78,7 +78,7 @@ def run_job(
     network = model.load(run.seed)
     metric = data.load_metric()
     folder = writable_folder(out)
-    examples = data.open(model.input_size, run)
+    examples = data.open(model, run)
     with speaking(run) as say:
         job = Job(
             model=network,
@@ -93,6 +93,7 @@ def run_job(
             seed=run.seed,
             command=command,
             say=say,
+            progress=not (run.quiet or run.json),
         )
         result = compress(job)
         build_report(result, folder)

@@ -41,7 +41,7 @@ def inspect(model: ModelOptions, run: RunOptions) -> None:
 def analyze(model: ModelOptions, data: DataOptions, run: RunOptions) -> None:
     """Measure how much the output suffers from quantizing each layer alone."""
     rules = target("onnxruntime").rules
-    examples = data.open(model.input_size, run)
+    examples = data.open(model, run)
     with speaking(run) as say:
         say("capturing the model")
         inputs = torch.cat([x for x, _ in examples.train.subset(256, seed=run.seed).batches(64)])

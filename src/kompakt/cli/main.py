@@ -11,6 +11,7 @@ from kompakt.cli.compress import compress_command, quantize_command
 from kompakt.cli.demo import demo
 from kompakt.cli.flatten import flatten
 from kompakt.cli.inspect import analyze, inspect
+from kompakt.cli.pack import pack, unpack
 from kompakt.cli.prune import finetune, prune
 from kompakt.cli.report import report
 from kompakt.errors import KompaktError
@@ -35,6 +36,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "quantize": quantize_command,
     "prune": prune,
     "finetune": finetune,
+    "pack": pack,
+    "unpack": unpack,
     "bench": bench,
     "report": report,
 }

@@ -25,6 +25,7 @@ class ModelOptions:
     weights: Annotated[Path | None, typer.Option(help="safetensors or a weights_only checkpoint")] = None
     model_arg: Annotated[list[str] | None, typer.Option(help="NAME=VALUE for the model's callable")] = None
     input_size: Annotated[int, typer.Option(help="height and width of the input", min=1)] = 224
+    grey: Annotated[bool, typer.Option("--grey", help="one input channel instead of three")] = False
 
     def load(self, seed: int) -> nn.Module:
         """Build the model; random weights follow the seed."""
@@ -33,7 +34,8 @@ class ModelOptions:
 
     def example(self) -> Tensor:
         """Make an input of two images."""
-        return torch.randn(2, 3, self.input_size, self.input_size, generator=torch.Generator().manual_seed(0))
+        shape = (2, 1 if self.grey else 3, self.input_size, self.input_size)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,6 @@ class DataOptions:
 
     data: Annotated[str, typer.Option(help="image folder with train/ and val/ or test/, or package.module:callable")]
     resize: Annotated[int | None, typer.Option(help="shorter side before the centre crop")] = None
-    grey: Annotated[bool, typer.Option("--grey", help="one channel instead of three")] = False
     mean: Annotated[str, typer.Option(help="of each channel, comma separated")] = ",".join(map(str, IMAGENET_MEAN))
     std: Annotated[str, typer.Option(help="of each channel, comma separated")] = ",".join(map(str, IMAGENET_STD))
     metric: Annotated[str | None, typer.Option(help="package.module:callable instead of top-1")] = None
@@ -50,16 +51,16 @@ class DataOptions:
         Literal["refuse", "skip"], typer.Option(help="what to do with images that cannot be decoded")
     ] = "refuse"
 
-    def open(self, input_size: int, run: "RunOptions") -> Data:
-        """Open the data."""
-        channels = 1 if self.grey else 3
+    def open(self, model: ModelOptions, run: "RunOptions") -> Data:
+        """Open the data for a model's input."""
+        channels = 1 if model.grey else 3
         mean, std = _numbers(self.mean, "--mean", channels), _numbers(self.std, "--std", channels)
         return open_data(
             self.data,
             seed=run.seed,
             on_corrupt=self.on_corrupt,
             progress=not run.quiet,
-            input_size=input_size,
+            input_size=model.input_size,
             resize=self.resize,
             channels=channels,
             mean=mean,
@@ -76,6 +77,13 @@ class DataOptions:
             return metric(torch.from_numpy(outputs), torch.from_numpy(labels)).numpy()
 
         return on_arrays
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptionalDataOptions(DataOptions):
+    """Which data, where there are any."""
+
+    data: Annotated[str | None, typer.Option(help="image folder or package.module:callable")] = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True, kw_only=True)

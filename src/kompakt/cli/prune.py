@@ -9,7 +9,7 @@ from rich.console import Console
 
 from kompakt.artifact.targets import target
 from kompakt.cli.compress import Out, run_job
-from kompakt.cli.options import DataOptions, ModelOptions, RunOptions
+from kompakt.cli.options import DataOptions, ModelOptions, OptionalDataOptions, RunOptions
 from kompakt.cli.voice import speaking
 from kompakt.errors import InputError
 from kompakt.files import atomic_write, writable_folder
@@ -73,13 +73,6 @@ class PruneOptions:
             allocation=self.allocation,
             ignore=tuple(self.ignore or ()),
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptionalDataOptions(DataOptions):
-    """Which data, where there are any."""
-
-    data: Annotated[str | None, typer.Option(help="image folder or package.module:callable")] = None  # type: ignore[assignment]
 
 
 def prune(

@@ -11,6 +11,7 @@ from rich.status import Status
 from kompakt.cli.options import RunOptions
 from kompakt.measure.result import Result
 from kompakt.report import layer_table, stage_table, summary_table
+from kompakt.report.numbers import bytes_text
 
 
 @contextmanager
@@ -41,5 +42,10 @@ def show(result: Result, run: RunOptions, folder: str) -> None:
         console.print(layer_table(result))
     for line in result.decisions:
         console.print(f"[dim]·[/dim] {line}", highlight=False)
+    if result.packed_bytes is not None:
+        ratio = result.baseline.size_bytes / result.packed_bytes
+        console.print(
+            f"as .kpk: {bytes_text(result.packed_bytes)}, {ratio:.2f}× smaller than the original", highlight=False
+        )
     files = ", ".join(sorted({*result.files.values(), "report.html"}))
     console.print(f"wrote {folder}/: {files}", highlight=False, soft_wrap=True)

@@ -48,7 +48,15 @@ class Times:
 
     def latency(self, *, threads: int, batch: int) -> Latency:
         """State the times as ``result.json`` has them."""
-        return Latency(p50=self.p50_ms, p90=self.p90_ms, threads=threads, batch=batch, runs=self.runs)
+        return Latency(
+            p50=self.p50_ms,
+            p90=self.p90_ms,
+            threads=threads,
+            batch=batch,
+            runs=self.runs,
+            ratio=self.ratio,
+            ratio_ci95=self.ratio_ci95,
+        )
 
 
 def interleave(

@@ -18,13 +18,19 @@ class Record(BaseModel):
 
 
 class Latency(Record):
-    """Time for one call, in milliseconds, measured interleaved with the baseline."""
+    """Time for one call, in milliseconds, measured interleaved with the baseline.
+
+    ``ratio`` is the median over the rounds of this artifact's time to the baseline's in the same round,
+    with its 95 % interval: the figure to quote on a noisy machine. Below 1 is faster.
+    """
 
     p50: float
     p90: float
     threads: int
     batch: int
     runs: int
+    ratio: float | None = None
+    ratio_ci95: tuple[float, float] | None = None
 
 
 class Measurement(Record):
@@ -110,7 +116,10 @@ class Parity(Record):
 
 
 class Result(Record):
-    """``result.json``: everything that one run of kompakt measured and decided."""
+    """``result.json``: everything that one run of kompakt measured and decided.
+
+    ``packed_bytes`` is the size of the artifact as a ``.kpk`` file, coded without loss for storage and transfer.
+    """
 
     schema_version: Literal[1] = 1
     command: str
@@ -127,6 +136,7 @@ class Result(Record):
     left_alone: tuple[LeftAlone, ...] = ()
     decisions: tuple[str, ...] = ()
     parity: Parity | None = None
+    packed_bytes: int | None = None
     snippet: str = ""
     files: dict[str, str] = {}
     versions: dict[str, str] = {}
