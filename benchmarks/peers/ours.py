@@ -18,18 +18,18 @@ from kompakt.graph.calibrate import calibrate
 from kompakt.graph.fold import fold
 from kompakt.graph.trace import trace
 from kompakt.methods.uniform import uniform
-from kompakt.plan.recipe import Recipe
 from kompakt.plan.rules import ONNXRUNTIME, placed
-from kompakt.search import CALIBRATION_BATCH, knobs
+
+BATCH = 32
 
 
 def run(model: torch.nn.Module, inputs: torch.Tensor, out: Path) -> dict[str, float]:
-    """Quantize ``model`` by the default recipe into ``out / model.onnx``; the wall seconds of each step."""
+    """Quantize ``model`` with the method's own knobs into ``out / model.onnx``; the wall seconds of each step."""
     steps: dict[str, dict[str, float]] = {}
     capture, steps["trace"] = timed(lambda: fold(trace(model, inputs[:2])))
     names = placed(capture.graph, ONNXRUNTIME)
-    stats, steps["calibrate"] = timed(lambda: calibrate(capture, inputs.split(CALIBRATION_BATCH), names))
-    plan, _ = uniform(capture.graph, ONNXRUNTIME, knobs(Recipe()))
+    stats, steps["calibrate"] = timed(lambda: calibrate(capture, inputs.split(BATCH), names))
+    plan, _ = uniform(capture.graph, ONNXRUNTIME)
     made, steps["quantize"] = timed(lambda: quantize(capture, plan, stats))
     _, steps["export"] = timed(lambda: export_onnx(made, out / "model.onnx"))
     return {f"{name}_s": seconds["wall_s"] for name, seconds in steps.items()}
