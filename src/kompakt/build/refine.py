@@ -8,7 +8,8 @@ written on the grid into the capture, so that the simulator and every exporter r
 import copy
 import functools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Literal
 
 import torch
@@ -31,6 +32,8 @@ from kompakt.plan.plan import Plan, Quantize
 Rounding = Literal["nearest", "gptq", "retarget", "adaround"]
 REFINABLE = frozenset({"conv1d", "conv2d", "conv3d", "linear"})
 ANNEALING = Annealing(iterations=500)
+ENOUGH_ROWS, WIDEST_STEP = 256, 3
+"""Second moments are summed over at least so many positions a column, every third at the sparsest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,14 +193,25 @@ def _learned(layer: _Layer, module: fx.GraphModule, targets: list[Tensor], how: 
 
 def _solved(layer: _Layer, module: fx.GraphModule, moves: bool) -> Tensor:
     """Return the layer's weight on its grid, rounded for its inputs; one that ``moves`` is retargeted first."""
-    weight, hessian = layer.weight, _summed(second_moment(x, layer.conv) for x in layer.inputs)
+    weight, conv = layer.weight, _thinned(layer)
+    hessian = _summed(second_moment(x, conv) for x in layer.inputs)
     if moves:
         pairs = zip(layer.floats, layer.inputs, strict=True)
-        weight = retarget(weight, _summed(cross_moment(x, y, layer.conv) for x, y in pairs), hessian)
+        weight = retarget(weight, _summed(cross_moment(x, y, conv) for x, y in pairs), hessian)
         _set_grid(layer, weight, module)
     params = (layer.quantizer.scale, layer.quantizer.zero_point, layer.quantizer.spec)
     q = descend(weight, gptq(weight, hessian, *params), hessian, params)
     return dequantize(q, *params)
+
+
+def _thinned(layer: _Layer) -> Conv | None:
+    """The convolution at every n-th position only, where the moments have far more rows than columns."""
+    if layer.conv is None:
+        return None
+    examples = sum(len(x) for x in layer.inputs)
+    share = examples * prod(layer.op.shape[2:]) / (ENOUGH_ROWS * layer.weight[0].numel())
+    step = max(1, min(WIDEST_STEP, int(share ** (1 / len(layer.conv.stride)))))
+    return replace(layer.conv, stride=tuple(step * stride for stride in layer.conv.stride))
 
 
 def _summed(parts: Iterable[Tensor]) -> Tensor:
@@ -252,8 +266,10 @@ def _correct_bias(layer: _Layer, name: str, ours: Stream, theirs: Stream) -> Non
     """Set a layer's bias so that the mean of its output is that of the float model's."""
     axis = -1 if layer.op.kind == "linear" else 1
     wanted, given = (_mean(stream.peek(), axis) for stream in (theirs, ours))
-    bias = attribute(ours.module, name).detach()
-    set_parameter(ours.module, name, corrected_bias(bias, wanted, given))
+    # Of the bias as it was added, rounded: else what its rounding had moved would be kept.
+    bias = _operand(layer.node, 2)
+    assert bias is not None
+    set_parameter(ours.module, name, corrected_bias(_constant(ours.module, bias), wanted, given))
 
 
 def _mean(outputs: list[Tensor], axis: int) -> Tensor:
