@@ -332,3 +332,26 @@ def test_no_channel_is_in_two_groups() -> None:
                         assert (member.tensor, member.dim, index) not in seen
                         seen.add((member.tensor, member.dim, index))
         check(coupling, removal(coupling, {}))
+
+
+def test_a_piece_of_a_single_channel_stays() -> None:
+    class OneAndMany(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sizes = [1, 6]
+            self.a, self.b = nn.Conv2d(3, 7, 1), nn.Conv2d(6, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            gate, rest = torch.split(self.a(x), self.sizes, 1)
+            return self.b(torch.sigmoid(gate) * rest)
+
+    model = build(OneAndMany)
+    coupling = couple(trace(model, IMAGE).graph)
+    assert [(group.name, group.size) for group in coupling.groups] == [("a", 6)]
+    apply_prune(model, removal(coupling, {"a": range(5)}), IMAGE)
+
+
+def test_a_group_that_keeps_one_unit_leaves_nothing_empty() -> None:
+    for make in EXACT.values():
+        coupling = couple(trace(build(make), IMAGE).graph)
+        removal(coupling, {group.name: range(group.size - 1) for group in coupling.groups})

@@ -148,17 +148,15 @@ def couple(graph: Graph) -> Coupling:
     root = found.labels.roots()
     slots = {(name, dim): root[labels] for name, dims in found.tensors.items() for dim, labels in enumerate(dims)}
     producers = found.producers()
-    sets = _sets(slots, producers)
+    sets = _sets(slots, producers, _paths(found, root))
     unit = np.zeros(int(root.max()) + 1, dtype=np.int64)
     groups = []
     count = 0
     for roots, _ in sets.values():
-        if len(roots) >= 2:
-            unit[roots] = np.arange(count + 1, count + len(roots) + 1)
-            count += len(roots)
+        unit[roots] = np.arange(count + 1, count + len(roots) + 1)
+        count += len(roots)
     for name, (roots, members) in sets.items():
-        if len(roots) >= 2:
-            groups.append(_group(name, unit[roots], {slot: unit[slots[slot]] for slot in members}, producers))
+        groups.append(_group(name, unit[roots], {slot: unit[slots[slot]] for slot in members}, producers))
     return Coupling(
         graph=graph,
         groups=tuple(groups),
@@ -177,21 +175,41 @@ def groups(graph: Graph) -> tuple[tuple[Group, ...], tuple[Left, ...]]:
 Slot = tuple[str, int]
 
 
-def _sets(slots: Mapping[Slot, Array], producers: Mapping[Slot, Array]) -> dict[str, tuple[Array, list[Slot]]]:
-    """Gather units that are made by the same layers: name → (their roots, all slots that they touch)."""
+def _paths(found: Flow, root: Array) -> Array:
+    """Hash, for every root, the op outputs that it runs through.
+
+    Units that run through the same ones form a group, so that a group that keeps one unit leaves
+    nothing empty: the two unequal pieces of a split are two groups.
+    """
+    hashes = np.zeros(int(root.max()) + 1, dtype=np.int64)
+    generator, seen = np.random.default_rng(0), set()
+    for outputs in found.ops.values():
+        for dim in (dim for dims in outputs for dim in dims):
+            if id(dim) not in seen and dim.any():
+                seen.add(id(dim))
+                hashes[np.unique(root[dim])] ^= generator.integers(1, 2**62)
+    return hashes
+
+
+def _sets(
+    slots: Mapping[Slot, Array], producers: Mapping[Slot, Array], paths: Array
+) -> dict[str, tuple[Array, list[Slot]]]:
+    """Gather units that are made by the same layers and run the same way: name → (their roots, all their slots)."""
     order = {name: number for number, name in enumerate(slots)}
     where: dict[int, list[Slot]] = defaultdict(list)
     for slot, labels in slots.items():
         for value in np.unique(labels):
             if value:
                 where[int(value)].append(slot)
-    by_makers: dict[tuple[Slot, ...], list[int]] = defaultdict(list)
+    alike: dict[tuple[tuple[Slot, ...], int], list[int]] = defaultdict(list)
     for value, touched in where.items():
         makers = tuple(slot for slot in touched if slot in producers)
         if makers:  # what no layer makes is an input of a kind: coordinates, a table that is looked up
-            by_makers[makers].append(value)
+            alike[makers, int(paths[value])].append(value)
     result: dict[str, tuple[Array, list[Slot]]] = {}
-    for makers, values in sorted(by_makers.items(), key=lambda item: order[item[0][0]]):
+    for (makers, _), values in sorted(alike.items(), key=lambda item: order[item[0][0][0]]):
+        if len(values) < 2:  # a group of one unit cannot lose it
+            continue
         name = base = makers[0][0].rpartition(".")[0] or makers[0][0]
         number = 1
         while name in result:
