@@ -209,8 +209,9 @@ def table(rows: dict[str, dict[str, dict]], limit_s: float) -> str:
         f"limit of {limit_s:.0f} s. Made by `python -m benchmarks.coverage` (torch {torch.__version__}, torch-pruning "
         "1.6.1 with its defaults and the output layers ignored). *Parameters* is how many times fewer there are. The "
         "outputs of a model are never pruned, so a large classifier bounds the ratio (1000 classes behind a small "
-        "network). *s* is everything from the model to a pruned model that ran; *coupling* the processor time of "
-        "the part that finds what falls together.",
+        "network). *s* is everything from the model to a pruned model that ran, by the clock: on a machine that did "
+        "other work too, so a hint and no comparison. *coupling* is the processor time of the part that finds what "
+        "falls together.",
         "",
         f"kompakt: {len(won)} of {len(rows)}; torch-pruning: {len(other)} of {len(rows)}. "
         f"Pruned by torch-pruning and not by kompakt: {', '.join(missing) or 'none'}. "
