@@ -105,7 +105,10 @@ def _strip(model: onnx.ModelProto) -> None:
     del graph.value_info[:]
     for value in (*graph.input, *graph.output):
         for dim in value.type.tensor_type.shape.dim[:1]:
-            if dim.dim_param:
+            if dim.dim_param.isdigit():
+                # The exporter's way to write a batch that the model's code fixes.
+                dim.dim_value = int(dim.dim_param)
+            elif dim.dim_param:
                 dim.dim_param = "batch"
 
 
