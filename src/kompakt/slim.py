@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kompakt.augment import crop_and_flip
 from kompakt.build.distill import Objective, Teacher, Term
+from kompakt.build.follow import follow
 from kompakt.build.prune import apply_prune, units_of
 from kompakt.build.train import Hooks, TrainSettings, reestimate_bn, shuffled, train
 from kompakt.data import Data
@@ -64,7 +65,7 @@ def pruned(model: nn.Module, data: Data | None, section: PruneSection, example: 
         example: a batch of inputs.
         seed: of the random criterion and of the examples that are drawn.
     """
-    coupling = couple(trace(model, example).graph)
+    coupling = follow(model, couple(trace(model, example).graph), example)
     scoring = Scoring(criterion=section.criterion, seed=seed)
     grads = _gradients(model, data, seed) if "grad" in saliency(section.criterion).needs else None
     scores = unit_scores(coupling, dict(model.state_dict()), scoring, grads)
