@@ -105,7 +105,7 @@ def few_values(bits: np.ndarray) -> np.ndarray | None:
     if bits.size < LEAST_SHARED or np.unique(bits.reshape(-1)[:SAMPLE]).size > MOST_SHARED:
         return None
     found = np.unique(bits)
-    if found.size > min(MOST_SHARED, np.count_nonzero(bits) // 8):
+    if found.size > min(MOST_SHARED, int(np.count_nonzero(bits)) // 8):
         return None
     return found[np.argsort(ordered(found))]
 
