@@ -25,7 +25,7 @@ class Knobs:
     weight_bits: int | None = None
     activation_bits: int | None = None
     group_size: int | None = None
-    weight_range: str = "mse"
+    weight_range: str = "minmax"
     activation_range: str = "mse"
     dynamic: bool = False
     keep: frozenset[str] = frozenset()
