@@ -8,6 +8,7 @@ decoded is bounded by ``max_bytes``.
 import importlib.util
 import random
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -66,8 +67,11 @@ def main(arguments: list[str]) -> None:
     import atheris
 
     atheris.instrument_all()
-    atheris.Setup([sys.argv[0], str(folder), f"-max_total_time={int(seconds)}", "-max_len=4096"], one_input)
-    atheris.Fuzz()
+    # What is found goes to the first folder; the committed corpus stays as it is.
+    with tempfile.TemporaryDirectory() as found:
+        options = [f"-max_total_time={int(seconds)}", "-max_len=4096", f"-artifact_prefix={tempfile.gettempdir()}/"]
+        atheris.Setup([sys.argv[0], found, str(folder), *options], one_input)
+        atheris.Fuzz()
 
 
 if __name__ == "__main__":

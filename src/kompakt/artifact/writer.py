@@ -12,7 +12,7 @@ import numpy as np
 from kompakt.artifact.index import HEADER_BYTES, Block, Index, Splice, compress, write_header, write_index
 from kompakt.artifact.records import Part, Record, few_values, ordered, to_bits
 from kompakt.coding.block import encode_block
-from kompakt.coding.choose import Integers
+from kompakt.coding.options import Integers
 from kompakt.coding.planes import KINDS, groups, pieces, split
 from kompakt.errors import InputError
 from kompakt.files import atomic_path

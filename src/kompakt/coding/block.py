@@ -10,10 +10,11 @@ import numpy as np
 from kompakt.coding import huffman
 from kompakt.coding.bitpack import pack
 from kompakt.coding.bundle import Member, Tables
-from kompakt.coding.choose import Choice, Integers, choose, plain_entry
+from kompakt.coding.choose import Choice, choose
 from kompakt.coding.header import Coded, Huffman, Packed, write_entry
-from kompakt.coding.kernels import layout_of, to_taps
+from kompakt.coding.kernels import to_taps
 from kompakt.coding.models import SYMBOLS, histogram_codes, histogram_frequencies, write_histogram
+from kompakt.coding.options import Integers, plain_entry
 from kompakt.coding.rans import MOST_LANES_LOG, Call, capacity, encode
 from kompakt.coding.sides import side_call, side_symbols
 from kompakt.coding.stream import encode_values, make_bundles
@@ -100,7 +101,7 @@ def _split(values: np.ndarray, entry: Coded) -> tuple[np.ndarray, np.ndarray]:
 
 def _code(members: list[Integers], choice: Choice) -> _Coded:
     coded = [(member, entry) for member, entry in zip(members, choice.entries, strict=True) if isinstance(entry, Coded)]
-    models = [Member(layout_of(member.values.shape, entry.flat), entry) for member, entry in coded]
+    models = [Member.of(entry, member.values.shape) for member, entry in coded]
     arrays = [_split(member.values, entry)[0] for member, entry in coded]
     # Many parametric tables of 2¹² slots do not fit the cache; few tables do, and low rates need them.
     parametric = any(not model.model.stored for model in models)

@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 
 from kompakt.coding.header import Coded
-from kompakt.coding.kernels import Layout, bounded, eighths, is_exact, split_fraction, tap_weights
+from kompakt.coding.kernels import Layout, bounded, eighths, is_exact, layout_of, split_fraction, tap_weights
 from kompakt.coding.models import ESCAPE, FRACTIONS, ZERO, frequencies, parametric_table
 from kompakt.coding.rans import decoding_table
 from kompakt.coding.tablesets import TableSet
@@ -19,6 +19,11 @@ class Member:
 
     layout: Layout
     model: Coded
+
+    @staticmethod
+    def of(model: Coded, shape: tuple[int, ...]) -> "Member":
+        """A member of this shape under a model."""
+        return Member(layout_of(shape, flat=model.flat, grouped=model.grouped), model)
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,9 @@ class Tables:
 class Bundle:
     """Members with equal taps and tables, as arrays [K, N] over all their kernels.
 
+    In a sparse bundle the first nonzero tap of each kernel, its *head*, is known before its values: taps
+    before the head are zero and have no symbol.
+
     Args:
         members: the members, with their indices.
         tables: the numbering of contexts.
@@ -67,45 +75,63 @@ class Bundle:
         layouts = [member.layout for _, member in members]
         self.taps = layouts[0].taps
         self.stored = models[0].stored
+        self.sparse = models[0].heads is not None
         self._set = tables.placed(models[0].index) if self.stored else None
+        self._head_set = tables.placed(models[0].heads) if models[0].heads is not None else None
         self._unit = np.array(unit)
         ends = np.cumsum([0, *(layout.kernels for layout in layouts)]).tolist()
         slices = [slice(a, b) for a, b in pairwise(ends)]
         self.size = ends[-1]
         self.parts = [(index, part) for (index, _), part in zip(members, slices, strict=True)]
         self.values = np.zeros((self.taps, self.size), np.float32)
+        self.heads = np.full(self.size, self.taps if self.sparse else 0, np.uint8)
         self._weights = [(part, m.weights) for part, m in zip(slices, models, strict=True) if m.weights is not None]
         self._rows = [(part, tap_weights(weights, self.taps)) for part, weights in self._weights]
         self._factors = [(p, m.scales.taps) for p, m in zip(slices, models, strict=True) if m.scales.taps is not None]
         self._classes = np.concatenate([m.scales.kernel_classes(x) for m, x in zip(models, layouts, strict=True)])
-        if not self._factors:
-            self._classes = bounded(self._classes)
+        self._active: np.ndarray | None = None
         self._near: np.ndarray | int = 0
         self._sign: np.ndarray | int = 1
 
+    def begin(self, tap: int) -> int:
+        """Turn to a tap; return how many of its values have a symbol."""
+        self._active = np.flatnonzero(self.heads <= tap) if self.sparse else None
+        return self.size if self._active is None else self._active.size
+
+    def head_contexts(self) -> np.ndarray:
+        """The context of each kernel's head times the unit, int64 [N]."""
+        assert self._head_set is not None
+        return np.multiply(self._head_set.contexts(bounded(self._classes), None), self._unit, dtype=np.int64)
+
     def contexts(self, tap: int, start: int, end: int) -> np.ndarray:
-        """The context of values ``start`` … ``end`` of a tap times the unit, int64; earlier taps are filled."""
-        predicted = self._predict(tap, start, end)
-        classes = self._tap_classes(tap, start, end)
+        """The context of the ``start``-th … ``end``-th value of a tap times the unit, int64."""
+        places = slice(start, end) if self._active is None else self._active[start:end]
+        predicted = self._predict(tap, places)
+        classes = self._tap_classes(tap, places)
         if self._set is None:
             self._near, fraction = (0, FRACTIONS // 2) if predicted is None else split_fraction(predicted)
             return np.multiply(classes * np.int32(FRACTIONS) + fraction, self._unit, dtype=np.int64)
         self._sign = 1 if predicted is None else np.where(predicted < 0, -1, 1)
-        return np.multiply(self._set.contexts(classes, predicted), self._unit, dtype=np.int64)
+        found = self._set.contexts(classes, predicted)
+        if self.sparse:
+            found[self.heads[places] == tap] = self._set.head_context
+        return np.multiply(found, self._unit, dtype=np.int64)
 
-    def symbols(self, tap: int, start: int, end: int) -> np.ndarray:
-        """The symbols of values whose contexts were just asked for; the escape where they are out of range."""
-        values = self.values[tap, start:end].astype(np.int32)
-        found = (values * self._sign if self.stored else values - self._near) + ZERO
+    def symbols(self, tap: int) -> np.ndarray:
+        """The symbols of a tap whose contexts were just asked for; the escape where they are out of range."""
+        values = self.values[tap] if self._active is None else self.values[tap, self._active]
+        whole = values.astype(np.int32)
+        found = (whole * self._sign if self.stored else whole - self._near) + ZERO
         return np.where((found < 0) | (found > ESCAPE), ESCAPE, found)
 
     def fill(self, tap: int, start: int, found: np.ndarray, escapes: np.ndarray) -> None:
-        """Store values of a tap from ``start`` on, given their symbols and the values of the escapes."""
+        """Store values of a tap from the ``start``-th on, given their symbols and the values of the escapes."""
         values = found.astype(np.int32) - ZERO
         values = values * self._sign if self.stored else values + self._near
         if escapes.size:
             values[found == ESCAPE] = escapes
-        self.values[tap, start : start + found.size] = values
+        places = slice(start, start + found.size)
+        self.values[tap, places if self._active is None else self._active[places]] = values
 
     def check(self) -> None:
         """Check that predictions were exact.
@@ -117,21 +143,43 @@ class Bundle:
             if not is_exact(self.values[:, part], weights):
                 raise FormatError("coded section: values too large for an exact prediction; the file is corrupt")
 
-    def _tap_classes(self, tap: int, start: int, end: int) -> np.ndarray:
-        classes = self._classes[start:end]
-        if not self._factors:
-            return classes
-        classes = classes.copy()
-        for part, factors in self._factors:
-            classes[max(0, part.start - start) : max(0, part.stop - start)] += factors[tap]
+    def _tap_classes(self, tap: int, places: slice | np.ndarray) -> np.ndarray:
+        classes = self._classes[places]
+        if self._factors:
+            classes = classes.copy()
+            for part, factors in self._factors:
+                classes[_inside(part, places)] += factors[tap]
         return bounded(classes)
 
-    def _predict(self, tap: int, start: int, end: int) -> np.ndarray | None:
+    def _predict(self, tap: int, places: slice | np.ndarray) -> np.ndarray | None:
         if tap == 0 or not self._rows:
             return None
-        products = np.zeros(end - start, np.float32)
+        count = places.stop - places.start if isinstance(places, slice) else places.size
+        products = np.zeros(count, np.float32)
         for part, weights in self._rows:
-            a, b, row = max(part.start, start), min(part.stop, end), weights[tap - 1]
-            if a < b:
-                np.matmul(row, self.values[tap - row.size : tap, a:b], out=products[a - start : b - start])
+            row, inside = weights[tap - 1], _inside(part, places)
+            if inside.start < inside.stop:
+                first = places.start if isinstance(places, slice) else 0
+                where = (
+                    places[inside]
+                    if not isinstance(places, slice)
+                    else slice(first + inside.start, first + inside.stop)
+                )
+                np.matmul(row, self.values[tap - row.size : tap, where], out=products[inside])
         return eighths(products)
+
+
+def _inside(part: slice, places: slice | np.ndarray) -> slice:
+    """Which of the ascending ``places`` lie in ``part``."""
+    if isinstance(places, slice):
+        count = places.stop - places.start
+        return slice(min(max(part.start - places.start, 0), count), min(max(part.stop - places.start, 0), count))
+    start, stop = np.searchsorted(places, (part.start, part.stop)).tolist()
+    return slice(start, stop)
+
+
+def _narrowed(places: slice | np.ndarray, inside: slice) -> slice | np.ndarray:
+    """``places[inside]``, for slices too."""
+    if isinstance(places, slice):
+        return slice(places.start + inside.start, places.start + inside.stop)
+    return places[inside]

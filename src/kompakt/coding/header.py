@@ -12,7 +12,7 @@ from kompakt.coding.wire import Cursor, varint, zigzag
 from kompakt.errors import FormatError
 
 CONSTANT, PACKED, HUFFMAN, PARAMETRIC, TABLE = range(5)
-PREDICTED, ROWS, COLUMNS, TAPS, FLAT = 1, 2, 4, 8, 16
+PREDICTED, ROWS, COLUMNS, TAPS, FLAT, GROUPED, SPARSE = 1, 2, 4, 8, 16, 32, 64
 MOST_SHIFT = 24
 MOST_VALUE = 2**33
 LENGTH_BITS = 4
@@ -51,9 +51,11 @@ class Coded:
         center: subtracted first.
         shift: low bits that are stored raw.
         flat: whether the geometry is dropped.
+        grouped: whether neighbouring inputs are taken as taps.
         scales: factors; while a header is read, empty arrays stand for factors that follow.
         weights: prediction weights [rows, 9]; an empty array while a header is read.
         index: the table set, 0 for a parametric member.
+        heads: the table set of the first nonzero taps of kernels, for sparse members.
     """
 
     stored: bool
@@ -63,6 +65,8 @@ class Coded:
     scales: Scales
     weights: np.ndarray | None
     index: int
+    grouped: bool = False
+    heads: int | None = None
 
 
 Entry = Constant | Packed | Huffman | Coded
@@ -78,9 +82,11 @@ def write_entry(entry: Entry) -> bytes:
         head = zigzag(entry.least) + varint(len(entry.lengths))
         return bytes([HUFFMAN]) + head + pack(entry.lengths, LENGTH_BITS) + varint(entry.size_bytes)
     present = (entry.weights, entry.scales.rows, entry.scales.columns, entry.scales.taps)
-    flags = sum(1 << place for place, part in enumerate(present) if part is not None) + FLAT * entry.flat
+    flags = sum(1 << place for place, part in enumerate(present) if part is not None)
+    flags += FLAT * entry.flat + GROUPED * entry.grouped + SPARSE * (entry.heads is not None)
+    heads = [] if entry.heads is None else [entry.heads]
     mode, last = (TABLE, entry.index) if entry.stored else (PARAMETRIC, entry.shift)
-    return bytes([mode]) + zigzag(entry.center) + bytes([flags, entry.scales.base, last])
+    return bytes([mode]) + zigzag(entry.center) + bytes([flags, entry.scales.base, last, *heads])
 
 
 def read_entry(cursor: Cursor) -> Entry:
@@ -97,9 +103,9 @@ def read_entry(cursor: Cursor) -> Entry:
         return Packed(value, cursor.u8(32, "the width of packed values"))
     if mode == HUFFMAN:
         return _read_huffman(cursor, value)
-    flags = cursor.u8(2 * FLAT - 1, "the flags of a member")
-    if flags & FLAT and flags != FLAT:
-        raise FormatError(f"{cursor.where}: a flat member with factors or a prediction; the file is corrupt")
+    flags = cursor.u8(2 * SPARSE - 1, "the flags of a member")
+    if (flags & FLAT and flags != FLAT) or (flags & SPARSE and mode == PARAMETRIC):
+        raise FormatError(f"{cursor.where}: flags {flags} of a member contradict each other; the file is corrupt")
     base = cursor.u8(CLASSES - 1, "the base class")
     last = cursor.u8(255 if mode == TABLE else MOST_SHIFT, "the table set or the shift")
     empty = np.zeros(0, np.int64)
@@ -116,6 +122,8 @@ def read_entry(cursor: Cursor) -> Entry:
         ),
         weights=empty if flags & PREDICTED else None,
         index=last if mode == TABLE else 0,
+        grouped=bool(flags & GROUPED),
+        heads=cursor.u8() if flags & SPARSE else None,
     )
 
 

@@ -12,8 +12,9 @@ from math import prod
 import numpy as np
 
 from kompakt.coding.block import encode_block
-from kompakt.coding.choose import Integers, best_bits
+from kompakt.coding.choose import best_bits
 from kompakt.coding.kernels import layout_of
+from kompakt.coding.options import Integers
 from kompakt.coding.planes import KINDS, MOST_PIECE, NAMES, join, pieces, specs, split
 from kompakt.coding.unblock import decode_block
 from kompakt.coding.wire import Cursor, varint

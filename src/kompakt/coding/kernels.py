@@ -14,6 +14,7 @@ from kompakt.coding.models import CLASSES, FRACTIONS
 
 MOST_TAPS = 64
 WINDOW = 9
+MOST_GROUP = 16
 WEIGHT_UNIT = 64
 LEAST_CLASS, GREATEST_CLASS = np.array(0, np.int16), np.array(CLASSES - 1, np.int16)
 EXACT = 2**24  # integers below this are exact in 32-bit floats, whatever the order of a sum
@@ -33,14 +34,22 @@ class Layout:
         return self.outputs * self.inputs
 
 
-def layout_of(shape: tuple[int, ...], flat: bool = False) -> Layout:
-    """The layout of a tensor's shape; ``flat`` drops it."""
+def layout_of(shape: tuple[int, ...], *, flat: bool = False, grouped: bool = False) -> Layout:
+    """The layout of a tensor's shape.
+
+    Args:
+        shape: the shape.
+        flat: drop it.
+        grouped: take neighbouring inputs as taps where there are no taps.
+    """
     if flat or len(shape) < 2:
         return Layout(1, prod(shape), 1)
     taps = prod(shape[2:])
-    if 0 < taps <= MOST_TAPS:
-        return Layout(shape[0], shape[1], taps)
-    return Layout(shape[0], prod(shape[1:]), 1)
+    found = Layout(shape[0], shape[1], taps) if 0 < taps <= MOST_TAPS else Layout(shape[0], prod(shape[1:]), 1)
+    if not grouped or found.taps > 1:
+        return found
+    size = next((size for size in range(MOST_GROUP, 0, -1) if found.inputs % size == 0), 1)
+    return Layout(found.outputs, found.inputs // size, size)
 
 
 def weight_rows(taps: int) -> list[int]:

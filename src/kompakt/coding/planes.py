@@ -9,7 +9,7 @@ from math import prod
 
 import numpy as np
 
-from kompakt.coding.choose import Integers
+from kompakt.coding.options import Integers
 from kompakt.coding.unblock import Spec
 
 MOST_PIECE = 2**21

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from kompakt.coding.bundle import Bundle, Member, Tables
-from kompakt.coding.models import ESCAPE, SYMBOLS
+from kompakt.coding.models import ESCAPE, SYMBOLS, ZERO
 from kompakt.coding.rans import Call, Reader, symbol_of
 from kompakt.errors import FormatError
 
@@ -16,16 +16,17 @@ CHUNK = 2**14
 
 
 def make_bundles(members: list[Member], tables: Tables, unit: int) -> list[Bundle]:
-    """Group members by kind of tables, taps and set, in the order of the format."""
-    groups: dict[tuple[bool, int, int], list[tuple[int, Member]]] = {}
+    """Group members by kind of tables, taps and sets, in the order of the format."""
+    groups: dict[tuple[bool, int, int, int], list[tuple[int, Member]]] = {}
     for index, member in enumerate(members):
         model = member.model
-        groups.setdefault((model.stored, member.layout.taps, model.index), []).append((index, member))
+        key = (model.stored, member.layout.taps, model.index, -1 if model.heads is None else model.heads)
+        groups.setdefault(key, []).append((index, member))
     return [Bundle(groups[key], tables, unit) for key in sorted(groups)]
 
 
 def calls_of(bundles: list[Bundle]) -> list[tuple[int, bool, list[Bundle]]]:
-    """The calls of a block: tap, whether its tables are stored, the bundles that take part."""
+    """The calls for values: tap, whether its tables are stored, the bundles that take part."""
     taps = range(max((bundle.taps for bundle in bundles), default=0))
     found = [
         (tap, stored, [bundle for bundle in bundles if bundle.stored == stored and bundle.taps > tap])
@@ -35,22 +36,36 @@ def calls_of(bundles: list[Bundle]) -> list[tuple[int, bool, list[Bundle]]]:
     return [call for call in found if call[2]]
 
 
+def find_heads(values: np.ndarray) -> np.ndarray:
+    """The first nonzero tap of each kernel of [K, N], K where there is none, uint8."""
+    nonzero = values != 0
+    return np.where(nonzero.any(axis=0), nonzero.argmax(axis=0), len(values)).astype(np.uint8)
+
+
 def encode_values(bundles: list[Bundle], tables: Tables) -> tuple[list[Call], np.ndarray]:
     """The calls that code filled bundles, and the escaped values."""
-    frequency, start = {}, {}
-    for stored in {bundle.stored for bundle in bundles}:
-        frequency[stored] = tables.frequencies(stored)
-        rows = frequency[stored].reshape(-1, SYMBOLS)
-        start[stored] = (np.cumsum(rows, axis=1) - rows).reshape(-1)
+    price = {stored: _frequencies_and_starts(tables, stored) for stored in {bundle.stored for bundle in bundles}}
     calls, escapes = [], [np.zeros(0, np.int32)]
+    sparse = [bundle for bundle in bundles if bundle.sparse]
+    if sparse:
+        for bundle in sparse:
+            bundle.heads = find_heads(bundle.values)
+        cells = np.concatenate([bundle.head_contexts() + bundle.heads + ZERO for bundle in sparse])
+        calls.append(Call(price[True][0][cells], price[True][1][cells]))
     for tap, stored, live in calls_of(bundles):
-        cells = np.concatenate([bundle.contexts(tap, 0, bundle.size) for bundle in live])
-        symbols = np.concatenate([bundle.symbols(tap, 0, bundle.size) for bundle in live])
-        symbols = np.where(frequency[stored][cells + symbols] == 0, ESCAPE, symbols)
-        values = np.concatenate([bundle.values[tap] for bundle in live])
+        frequency, start = price[stored]
+        cells = np.concatenate([bundle.contexts(tap, 0, bundle.begin(tap)) for bundle in live])
+        symbols = np.concatenate([bundle.symbols(tap) for bundle in live])
+        symbols = np.where(frequency[cells + symbols] == 0, ESCAPE, symbols)
+        values = np.concatenate([bundle.values[tap, bundle.heads <= tap] for bundle in live])
         escapes.append(values[symbols == ESCAPE].astype(np.int32))
-        calls.append(Call(frequency[stored][cells + symbols], start[stored][cells + symbols]))
+        calls.append(Call(frequency[cells + symbols], start[cells + symbols]))
     return calls, np.concatenate(escapes)
+
+
+def _frequencies_and_starts(tables: Tables, stored: bool) -> tuple[np.ndarray, np.ndarray]:
+    rows = tables.frequencies(stored).reshape(-1, SYMBOLS)
+    return rows.reshape(-1), (np.cumsum(rows, axis=1) - rows).reshape(-1)
 
 
 def decode_values(bundles: list[Bundle], tables: Tables, reader: Reader, escapes: np.ndarray) -> None:
@@ -60,9 +75,11 @@ def decode_values(bundles: list[Bundle], tables: Tables, reader: Reader, escapes
         FormatError: the stream or the escapes do not fit.
     """
     decoding = {stored: tables.decoding(stored) for stored in {bundle.stored for bundle in bundles}}
+    for bundle, heads in _read_heads([bundle for bundle in bundles if bundle.sparse], decoding, reader):
+        bundle.heads = heads
     at = 0
     for tap, stored, live in calls_of(bundles):
-        for chunk in _chunks(live, reader.round):
+        for chunk in _chunks([(bundle, bundle.begin(tap)) for bundle in live], reader.round):
             contexts = [bundle.contexts(tap, start, end) for bundle, start, end in chunk]
             joined = np.concatenate(contexts) if len(contexts) > 1 else contexts[0]
             found, first = symbol_of(reader.read(joined, decoding[stored])), 0
@@ -77,15 +94,39 @@ def decode_values(bundles: list[Bundle], tables: Tables, reader: Reader, escapes
         bundle.check()
 
 
-def _chunks(bundles: list[Bundle], step: int) -> Iterator[list[tuple[Bundle, int, int]]]:
-    """Cut a call into whole rounds whose arrays stay in the cache: bundles, each with its first and last value."""
+def _read_heads(
+    bundles: list[Bundle], decoding: dict[bool, np.ndarray], reader: Reader
+) -> Iterator[tuple[Bundle, np.ndarray]]:
+    """The first nonzero tap of each kernel of the sparse bundles."""
+    if not bundles:
+        return
+    found = symbol_of(reader.read(np.concatenate([bundle.head_contexts() for bundle in bundles]), decoding[True]))
+    start = 0
+    for bundle in bundles:
+        heads = found[start : start + bundle.size] - np.uint8(ZERO)
+        if heads.size and int(heads.max()) > bundle.taps:
+            raise FormatError("coded section: a kernel begins after its last tap; the file is corrupt")
+        yield bundle, heads
+        start += bundle.size
+
+
+def _chunks(bundles: list[tuple[Bundle, int]], step: int) -> Iterator[list[tuple[Bundle, int, int]]]:
+    """Cut a call into whole rounds whose arrays stay in the cache.
+
+    Args:
+        bundles: those that take part, each with the number of its values.
+        step: symbols of a round.
+
+    Yields:
+        bundles, each with its first and last value.
+    """
     most = max(1, CHUNK // step) * step
     chunk: list[tuple[Bundle, int, int]] = []
     room = most
-    for bundle in bundles:
+    for bundle, size in bundles:
         start = 0
-        while start < bundle.size:
-            end = min(bundle.size, start + room)
+        while start < size:
+            end = min(size, start + room)
             chunk.append((bundle, start, end))
             room -= end - start
             start = end

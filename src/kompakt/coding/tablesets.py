@@ -22,7 +22,7 @@ from kompakt.coding.wire import Cursor
 from kompakt.errors import FormatError
 
 BINS = 64
-MOST_CONTEXTS = 64
+MOST_CONTEXTS = 65
 GRIDS = ((1, 1), (4, 1), (8, 1), (1, 4), (1, 8), (3, 4), (4, 8), (8, 8))
 ESCAPE_BITS = 16.0
 SIMPLER = 1.001
@@ -31,19 +31,26 @@ _NOTHING = np.zeros(0, np.int32)
 
 @dataclass(frozen=True)
 class TableSet:
-    """Histograms for ``len(classes) + 1`` by ``len(bins) + 1`` contexts.
+    """Histograms for ``len(classes) + 1`` by ``len(bins) + 1`` contexts, and one more for first values of kernels.
 
     Args:
         classes: ascending thresholds on the scale class.
         bins: ascending thresholds on the prediction's magnitude in eighths.
         frequencies: [contexts, 256].
         first: the number of its first context.
+        heads: whether the last context is that of the first nonzero values of kernels.
     """
 
     classes: tuple[int, ...]
     bins: tuple[int, ...]
     frequencies: np.ndarray
     first: int = 0
+    heads: bool = False
+
+    @property
+    def head_context(self) -> int:
+        """The context of the first nonzero values of kernels."""
+        return self.first + len(self.frequencies) - 1
 
     def contexts(self, classes: np.ndarray, predicted: np.ndarray | None) -> np.ndarray:
         """The context of each value, int32, given its scale class and its prediction in eighths."""
@@ -61,12 +68,13 @@ class TableSet:
 class Sample:
     """What a member offers to a set, one-dimensional: its values, and their scale classes and predictions.
 
-    Flat members have neither classes nor predictions (None).
+    Flat members have neither classes nor predictions (None). ``heads`` marks first nonzero values of kernels.
     """
 
     values: np.ndarray
     classes: np.ndarray | None = None
     predicted: np.ndarray | None = None
+    heads: np.ndarray | None = None
 
     @property
     def symbols(self) -> np.ndarray:
@@ -80,6 +88,8 @@ class Sample:
         if self.classes is None or rows == 1:
             return np.bincount(self.symbols, minlength=rows * SYMBOLS).reshape(rows, SYMBOLS)
         contexts = table_set.contexts(self.classes, self.predicted)
+        if self.heads is not None:
+            contexts[self.heads] = table_set.head_context
         return np.bincount(contexts * SYMBOLS + self.symbols, minlength=rows * SYMBOLS).reshape(rows, SYMBOLS)
 
 
@@ -94,10 +104,11 @@ def build(samples: list[Sample], bits: int) -> tuple[TableSet, bytes]:
     # The first is the simplest: contexts that save next to nothing only cost time.
     grid, counts, _ = next(option for option in options if option[2] <= SIMPLER * least)
     stored = [histogram_codes(row) for row in counts]
-    raw = bytes([len(grid[0]) + 1, *grid[0], len(grid[1]) + 1, *grid[1]])
+    heads = samples[0].heads is not None
+    raw = bytes([len(grid[0]) + 1, *grid[0], len(grid[1]) + 1, *grid[1], heads])
     raw += b"".join(write_histogram(first, codes) for first, codes in stored)
     tables = np.stack([histogram_frequencies(codes, first, bits) for first, codes in stored])
-    return TableSet(*grid, tables), raw
+    return TableSet(*grid, tables, heads=heads), raw
 
 
 def cost(table_set: TableSet, sample: Sample) -> float:
@@ -119,10 +130,12 @@ def read_set(cursor: Cursor, bits: int) -> TableSet:
     """
     classes = _read_thresholds(cursor, CLASSES)
     bins = _read_thresholds(cursor, BINS)
-    contexts = (len(classes) + 1) * (len(bins) + 1)
+    heads = bool(cursor.u8(1, "whether kernels have heads"))
+    contexts = (len(classes) + 1) * (len(bins) + 1) + heads
     if contexts > MOST_CONTEXTS:
         raise FormatError(f"{cursor.where}: a set of {contexts} tables, at most {MOST_CONTEXTS} expected")
-    return TableSet(classes, bins, np.stack([read_histogram(cursor, bits) for _ in range(contexts)]))
+    tables = np.stack([read_histogram(cursor, bits) for _ in range(contexts)])
+    return TableSet(classes, bins, tables, heads=heads)
 
 
 def _read_thresholds(cursor: Cursor, below: int) -> tuple[int, ...]:
@@ -156,7 +169,7 @@ def _count(
     grid: tuple[tuple[int, ...], tuple[int, ...]], samples: list[Sample]
 ) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], np.ndarray, float]:
     """Histograms under a grid of thresholds, and the bits that values and tables take."""
-    contexts = (len(grid[0]) + 1) * (len(grid[1]) + 1)
+    contexts = (len(grid[0]) + 1) * (len(grid[1]) + 1) + (samples[0].heads is not None)
     probe = TableSet(*grid, np.zeros((contexts, SYMBOLS), np.int64))
     counts = np.sum([sample.histogram(probe) for sample in samples], axis=0)
     totals = counts.sum(axis=1)

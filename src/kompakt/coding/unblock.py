@@ -12,7 +12,7 @@ from kompakt.coding import huffman
 from kompakt.coding.bitpack import packed_size, unpack
 from kompakt.coding.bundle import Member, Tables
 from kompakt.coding.header import Coded, Constant, Entry, Huffman, Packed, read_entry
-from kompakt.coding.kernels import from_taps, layout_of
+from kompakt.coding.kernels import from_taps
 from kompakt.coding.models import SHAPES, read_histogram
 from kompakt.coding.rans import Reader
 from kompakt.coding.sides import read_sides
@@ -92,10 +92,18 @@ def _read_tables(head: Cursor, coded: list[Coded]) -> _Tables:
     factors = read_histogram(head, bits) if has_factors else None
     weights = read_histogram(head, bits) if any(entry.weights is not None for entry in coded) else None
     sets = tuple(read_set(head, bits) for _ in range(head.u8()))
-    used = max((entry.index for entry in coded if entry.stored), default=-1)
-    if used >= len(sets):
-        raise FormatError(f"{head.where}: table set {used} of {len(sets)}; the file is corrupt")
+    for entry in coded:
+        _check_sets(entry, sets, head.where)
     return _Tables(bits, shape, factors, weights, sets, _read_escapes(head))
+
+
+def _check_sets(entry: Coded, sets: tuple[TableSet, ...], where: str) -> None:
+    """Check that a member's sets exist, and that a sparse one's has a table for heads."""
+    used = max(entry.index if entry.stored else -1, -1 if entry.heads is None else entry.heads)
+    if used >= len(sets):
+        raise FormatError(f"{where}: table set {used} of {len(sets)}; the file is corrupt")
+    if entry.heads is not None and not sets[entry.index].heads:
+        raise FormatError(f"{where}: a sparse member without a table for heads; the file is corrupt")
 
 
 def _read_escapes(head: Cursor) -> np.ndarray:
@@ -113,7 +121,7 @@ def _decode_coded(
     cursor: Cursor, coded: list[tuple[int, Coded]], specs: list[Spec], tables: _Tables
 ) -> tuple[dict[int, np.ndarray], bytes]:
     """The modelled values of each coded member, float32 [K, N], and the bytes that the stream carries."""
-    members = [Member(layout_of(specs[index].shape, entry.flat), entry) for index, entry in coded]
+    members = [Member.of(entry, specs[index].shape) for index, entry in coded]
     reader = Reader(cursor, tables.bits)
     members = read_sides(members, reader, tables.factors, tables.weights)
     space = Tables(tables.shape, tables.sets, tables.bits)
