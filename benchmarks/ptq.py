@@ -186,26 +186,35 @@ def main() -> int:
         peers = python_of(given.peers)
         cifar = cifar_folder(given.cifar, given.work)
         places = Places(work=given.work, shelf=given.peers / "shelf", cifar=cifar, imagenet=given.imagenet)
-        found = {key: subject(key, places, peers, given) for key in SUBJECTS if given.only in (None, key)}
+        found: dict[str, dict[str, Any]] = {}
+        for key in SUBJECTS:
+            if given.only in (None, key):
+                found[key] = subject(key, places, peers, given)
+                print(f"{found[key]['title']}\n\n{table(found[key]['rows'])}\n", flush=True)
+                if not (given.quick or given.only or given.tools):
+                    write(found, given)
     except KompaktError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    return 0
+
+
+def write(found: dict[str, dict[str, Any]], given: argparse.Namespace) -> None:
+    """Write the page of the subjects measured so far, so that an interrupted run leaves one."""
+    options_given = (" --imagenet DIR" if given.imagenet else "") + f" --repeats {given.repeats}"
     result = {
         "subjects": found,
         "date": date.today().isoformat(),
         "images": "ImageNet sample images" if given.imagenet else "crops of photographs and enlarged CIFAR-10 images",
-        "command": "python -m benchmarks.ptq" + (" --imagenet DIR" if given.imagenet else ""),
+        "command": "python -m benchmarks.ptq" + options_given,
         "machine": machine(),
         "versions": versions(),
         "load": os.getloadavg()[0],
     }
-    print("\n\n".join(f"{part['title']}\n\n{table(part['rows'])}" for part in found.values()))
-    if not (given.quick or given.only or given.tools):
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(result, indent=1))
-        PAGE.write_text(page(result))
-        print(f"wrote {PAGE} and {RESULTS}")
-    return 0
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(result, indent=1))
+    PAGE.write_text(page(result))
+    print(f"wrote {PAGE} and {RESULTS}", flush=True)
 
 
 if __name__ == "__main__":
