@@ -42,6 +42,8 @@ SHARES = (0.2, 0.4, 0.6, 0.8)
 LOSS_UNITS = {"normalisation": "none", "reduction": "sum"}
 OURS: dict[str, tuple[str, dict[str, Any], str, bool]] = {
     "uniform-l2-inner": ("uniform", {"criterion": "l2"}, "inner", True),
+    "uniform-l2-unfolded-inner": ("uniform", {"criterion": "l2", "folded": False}, "inner", True),
+    "global-l2-unfolded-inner": ("global", {"criterion": "l2", "folded": False}, "inner", True),
     "uniform-l2-all": ("uniform", {"criterion": "l2"}, "all", True),
     "uniform-geometric_median-inner": ("uniform", {"criterion": "geometric_median"}, "inner", True),
     "uniform-bn_scale-inner": ("uniform", {"criterion": "bn_scale"}, "inner", True),

@@ -121,6 +121,9 @@ def _one_shot(cells: Cells, model: str) -> list[str]:
     missing = [ratio for ratio in RATIOS if not any(cell["key"]["ratio"] == ratio for cell in rows)]
     if missing:
         lines += ["", f"Not scored on the test images yet: {', '.join(f'{ratio}×' for ratio in missing)}."]
+    absent = [name for name in OURS if not any(cell["key"]["setting"] == name for cell in ranked)]
+    if absent:
+        lines += ["", f"Settings of kompakt that were not scored at any ratio: {', '.join(absent)}."]
     return [*lines, "", *_ranking(ranked)]
 
 
