@@ -1,0 +1,68 @@
+"""Export of layers that once went wrong: linear maps on tokens, chunks that are joined again, computed biases."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kompakt.artifact.onnx import export_onnx, open_onnx, runtime_ops
+from kompakt.build.quantize import quantize
+from kompakt.graph.calibrate import calibrate
+from kompakt.graph.fold import fold
+from kompakt.graph.trace import trace
+from kompakt.methods.uniform import uniform
+from kompakt.plan.rules import ONNXRUNTIME, placed
+from tests.nets import images, tokens
+
+
+class Shuffled(nn.Module):
+    """Two halves of the channels, one of them convolved, joined and shuffled, as in ShuffleNet v2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.branch = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = F.relu(self.stem(x)).chunk(2, dim=1)
+        x = torch.cat([left, F.relu(self.branch(right))], dim=1)
+        n, c, h, w = x.shape
+        x = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+        return self.fc(x.mean((2, 3)))
+
+
+class ComputedBias(nn.Module):
+    """A linear layer whose bias is computed from a parameter, as in Swin v2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.out = nn.Linear(12, 16, bias=False), nn.Linear(16, 4)
+        self.bias = nn.Parameter(torch.randn(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.relu(F.linear(x.mean((2, 3)), self.fc.weight, torch.cat([self.bias[:8], -self.bias[8:]]))))
+
+
+CASES = {
+    "tokens": (tokens, images(32, size=4, channels=12)),
+    "shuffled": (Shuffled, images(32)),
+    "computed bias": (ComputedBias, images(32, channels=12)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_runtime_computes_what_was_simulated(name: str, tmp_path: Path) -> None:
+    make, x = CASES[name]
+    torch.manual_seed(0)
+    capture = fold(trace(make().eval(), x[:2]))
+    plan, _ = uniform(capture.graph, ONNXRUNTIME)
+    made = quantize(capture, plan, calibrate(capture, [x], placed(capture.graph, ONNXRUNTIME)))
+    path = export_onnx(made, tmp_path / "model.onnx")
+    with torch.no_grad():
+        simulated = made.module(x).numpy()
+    step = (simulated.max() - simulated.min()) / 255
+    assert np.abs(open_onnx(path)(x.numpy()) - simulated).max() <= step
+    assert "MatMul" not in runtime_ops(path), "every product runs in integers"
