@@ -33,7 +33,7 @@ from kompakt.methods.channels import Knobs, channels
 from kompakt.methods.scores import Scoring, unit_scores
 from kompakt.methods.sensitivity import measured_drops
 from kompakt.plan.plan import Plan
-from kompakt.slim import _gradients
+from kompakt.slim import gradients
 
 BATCH = 100
 RECONSTRUCT_EXAMPLES = 256
@@ -96,7 +96,7 @@ class Bench:
         file = self.folder / "gradients.safetensors"
         if not file.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(_gradients(self.model, self.data, 0), file)
+            save_file(gradients(self.model, self.data, 0), file)
         return load_file(file)
 
     def train_part(self, count: int) -> Split:

@@ -11,6 +11,7 @@ from kompakt.augment import crop_and_flip
 from kompakt.build.distill import Objective, Teacher, Term
 from kompakt.build.follow import follow
 from kompakt.build.prune import apply_prune, units_of
+from kompakt.build.reconstruct import reconstruct
 from kompakt.build.train import Hooks, TrainSettings, reestimate_bn, shuffled, train
 from kompakt.data import Data
 from kompakt.errors import InputError
@@ -25,6 +26,7 @@ from kompakt.plan.plan import Plan
 from kompakt.plan.recipe import FinetuneSection, PruneSection
 
 GRADIENT_EXAMPLES = 512
+FIT_EXAMPLES = 512
 BN_EXAMPLES = 2048
 
 
@@ -56,25 +58,37 @@ def slim(job: Job, example: Tensor) -> Slim:
 
 
 def pruned(model: nn.Module, data: Data | None, section: PruneSection, example: Tensor, seed: int) -> Slim:
-    """Remove channels and estimate the batch norms' statistics anew.
+    """Remove channels and mend what is left without training: see ``PruneSection.reconstruct``.
 
     Args:
         model: the original.
-        data: for gradients and batch norm statistics; without it neither is possible.
+        data: for gradients and for mending; without it neither is possible.
         section: what the recipe says.
         example: a batch of inputs.
         seed: of the random criterion and of the examples that are drawn.
     """
     coupling = follow(model, couple(trace(model, example).graph), example)
     scoring = Scoring(criterion=section.criterion, seed=seed)
-    grads = _gradients(model, data, seed) if "grad" in saliency(section.criterion).needs else None
+    grads = gradients(model, data, seed) if "grad" in saliency(section.criterion).needs else None
     scores = unit_scores(coupling, dict(model.state_dict()), scoring, grads)
     plan = channels(coupling, scores, _knobs(section))
     made = apply_prune(model, plan, example)
     if data is not None:
-        part = data.train.subset(min(BN_EXAMPLES, len(data.train)), seed=seed)
-        reestimate_bn(made, part.batches(128))
+        made = _mended(model, made, coupling, plan, data, section, seed)
     return Slim(model=made.eval(), plan=plan, did=_told(coupling, plan, section), left=coupling.left)
+
+
+def _mended(
+    model: nn.Module, made: nn.Module, coupling: Coupling, plan: Plan, data: Data, section: PruneSection, seed: int
+) -> nn.Module:
+    """Refit the layers that lost inputs, or estimate the batch norms' statistics anew."""
+    count = FIT_EXAMPLES if section.reconstruct else BN_EXAMPLES
+    part = data.train.subset(min(count, len(data.train)), seed=seed)
+    batches = part.batches(128, shuffle=True, generator=torch.Generator().manual_seed(seed))
+    if section.reconstruct:
+        return reconstruct(model, made, coupling, plan, batches)
+    reestimate_bn(made, batches)
+    return made
 
 
 def tuned(
@@ -112,7 +126,7 @@ def _knobs(section: PruneSection) -> Knobs:
     )
 
 
-def _gradients(model: nn.Module, data: Data | None, seed: int) -> dict[str, Tensor]:
+def gradients(model: nn.Module, data: Data | None, seed: int) -> dict[str, Tensor]:
     """Sum the gradients of the cross entropy over some training examples."""
     if data is None:
         raise InputError("this criterion needs gradients: give --data")

@@ -41,7 +41,8 @@ class PruneSection(Section):
     """``[prune]``: coupled channels that are really removed; see ``kompakt.methods.channels.Knobs``.
 
     One of ``channels`` (the share that goes), ``fewer_macs`` and ``fewer_params`` (how many times fewer)
-    says how far. The score of a channel is ``criterion``, how much goes where is ``allocation``.
+    says how far. The score of a channel is ``criterion``, how much goes where is ``allocation``. With
+    ``reconstruct`` the layers that lost inputs are refitted on data; else batch norms are estimated anew.
     """
 
     channels: float | None = Field(default=None, gt=0, lt=1)
@@ -51,6 +52,7 @@ class PruneSection(Section):
     allocation: Literal["uniform", "global", "knapsack"] = "global"
     align: int = Field(default=1, ge=1)
     min_width: int = Field(default=4, ge=1)
+    reconstruct: bool = True
     ignore: tuple[str, ...] = ()
 
 
