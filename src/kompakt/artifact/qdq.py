@@ -104,8 +104,8 @@ def to_integers(capture: Capture) -> fx.GraphModule:
 def _drop_clamps(module: fx.GraphModule) -> None:
     """Take out the clamps that the grid behind them makes redundant.
 
-    ONNX Runtime does so too, but not where the grid ends a float's rounding above the clamp; the layer
-    would then run in floats.
+    ONNX Runtime does so too, but in some releases only where the ends agree to 1e-7: a layer whose grid
+    ends a rounding above the clamp would then run in floats.
     """
     for node in module.graph.nodes:
         made = quantizer_of(module, node)
