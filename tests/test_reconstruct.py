@@ -12,6 +12,7 @@ from kompakt.errors import InputError
 from kompakt.graph.coupling import Coupling, couple
 from kompakt.graph.trace import trace
 from kompakt.plan.plan import Plan
+from kompakt.zoo import resnet20
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -112,3 +113,16 @@ def test_no_batch_is_refused() -> None:
     coupling, plan, pruned = cut(net, [0])
     with pytest.raises(InputError, match="no batch"):
         reconstruct(net, pruned, coupling, plan, [])
+
+
+def test_a_dimension_that_several_groups_cut_is_refitted_whole() -> None:
+    torch.manual_seed(0)
+    net = resnet20(width=8).eval()
+    example = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    coupling = couple(trace(net, example[:2]).graph)
+    plan = removal(coupling, {group.name: [0] for group in coupling.groups})
+    pruned = apply_prune(net, plan, example).eval()
+    made = reconstruct(net, pruned, coupling, plan, [(example, torch.zeros(8))])
+    shapes = {name: value.shape for name, value in pruned.state_dict().items()}
+    assert {name: value.shape for name, value in made.state_dict().items()} == shapes
+    assert torch.isfinite(made(example)).all()

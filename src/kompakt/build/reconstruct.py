@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from kompakt.build.cut import removed
 from kompakt.build.taps import inference
 from kompakt.errors import InputError
 from kompakt.graph.coupling import Coupling
@@ -88,7 +89,8 @@ def reconstruct(
     if not inputs:
         raise InputError("the data give no batch: nothing to reconstruct on")
     made = copy.deepcopy(pruned)
-    gone = {(cut.tensor, cut.dim): cut.removed for prune in plan.of(Prune) for cut in prune.cuts}
+    cuts = removed([cut for prune in plan.of(Prune) for cut in prune.cuts])
+    gone = {(name, dim): tuple(sorted(places)) for name, dims in cuts.items() for dim, (_, places) in dims.items()}
     norms = _norms(coupling)
     with inference(original), inference(made):
         for name in _layers(made, coupling, gone):
