@@ -33,7 +33,9 @@ from kompakt.measure.size import size_bytes
 PAGE, RESULTS = ROOT / "docs" / "ptq.md", ROOT / "benchmarks" / "results" / "ptq.json"
 EVALUATION = {"a": 10_000, "b": 488, "c": 256}
 TOOLS: dict[str, tuple[str, str]] = {
-    "kompakt": ("ours", ""),
+    "kompakt": ("ours", "default"),
+    "kompakt-mse": ("ours", "mse"),
+    "kompakt-8bit": ("ours", "8bit"),
     "ort-default": ("ort_static", "default"),
     "ort-u8s8": ("ort_static", "u8s8-per-channel"),
     "ort-u8s8-7bit": ("ort_static", "u8s8-per-channel-7bit"),
@@ -74,7 +76,7 @@ def make(key: str, name: str, places: Places, peers: str, repeats: int) -> dict[
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     if module == "ours":
-        command = (sys.executable, module, key, str(folder), str(places.shelf), str(out))
+        command = (sys.executable, module, key, str(folder), str(places.shelf), str(out), variant)
     else:
         command = (
             peers,
@@ -135,13 +137,11 @@ def trained(outputs: np.ndarray, labels: np.ndarray) -> bool:
 
 
 def against_kompakt(rows: dict[str, dict], outputs: dict[str, np.ndarray], labels: np.ndarray) -> None:
-    """Add to each row how many points kompakt is better (paired, with its interval)."""
-    if "kompakt" not in outputs:
-        return
-    ours = Score(correct=top_1(outputs["kompakt"], labels))
-    for name, found in outputs.items():
-        gain = paired_drop(ours, Score(correct=top_1(found, labels)))
-        rows[name] |= {"kompakt_better_points": gain.points, "kompakt_better_ci95": gain.ci95}
+    """Add to each row by how many points each file of kompakt's is better: (points, low, high), paired."""
+    scores = {name: Score(correct=top_1(found, labels)) for name, found in outputs.items()}
+    for name, score in scores.items():
+        gains = {ours: paired_drop(scores[ours], score) for ours in scores if ours.startswith("kompakt")}
+        rows[name]["kompakt_better"] = {ours: (gain.points, *gain.ci95) for ours, gain in gains.items()}
 
 
 def subject(key: str, places: Places, peers: str, given: argparse.Namespace) -> dict[str, Any]:

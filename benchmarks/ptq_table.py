@@ -1,12 +1,15 @@
 """``docs/ptq.md`` from the figures of ``python -m benchmarks.ptq``: tables, goals met and missed."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.ptq_subjects import ROOT
 
 NAMES = {
     "float": "fp32 ONNX, ONNX Runtime",
-    "kompakt": "**kompakt**, ONNX Runtime",
+    "kompakt": "**kompakt**",
+    "kompakt-mse": '**kompakt**, `weight_range = "mse"`',
+    "kompakt-8bit": "**kompakt**, the same, 8-bit weights that need VNNI",
     "ort-default": "`quantize_static`, its defaults",
     "ort-u8s8": "`quantize_static`, u8·s8, per channel",
     "ort-u8s8-7bit": "`quantize_static`, u8·s8, per channel, `reduce_range`",
@@ -47,7 +50,7 @@ def _line(name: str, row: dict[str, Any]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _span(limits: tuple[float, float]) -> str:
+def _span(limits: Sequence[float]) -> str:
     return f"{limits[0]:+.2f} to {limits[1]:+.2f}"
 
 
@@ -58,36 +61,30 @@ def _ratio(times: dict[str, Any]) -> str:
 
 def goals(rows: dict[str, dict[str, Any]]) -> list[str]:
     """State each goal of a subject with its figures: reached or missed."""
-    peers = {name: row for name, row in rows.items() if name not in ("float", "kompakt") and "latency" in row}
-    ours = rows["kompakt"]
-    return [
-        *_accuracy(ours, peers),
-        _time(ours, peers),
-        _latency(ours, {name: row for name, row in peers.items() if "openvino" not in name}),
-    ]
+    ran = {name: row for name, row in rows.items() if "latency" in row}
+    peers = {name: row for name, row in ran.items() if name != "float" and not name.startswith("kompakt")}
+    safe = {name: row for name, row in peers.items() if name in PORTABLE}
+    on_ort = {name: row for name, row in peers.items() if "openvino" not in name}
+    pairs = [("kompakt", safe), ("kompakt-mse", safe), ("kompakt", peers), ("kompakt-8bit", peers)]
+    found = [_accuracy(name, ran[name], against) for name, against in pairs if name in ran and against]
+    if "kompakt" in ran and peers:
+        found.append(_time(ran["kompakt"], peers))
+    if "kompakt" in ran and on_ort:
+        found.append(_latency(ran["kompakt"], on_ort))
+    return found
 
 
-def _accuracy(ours: dict, peers: dict[str, dict]) -> list[str]:
+def _accuracy(name: str, ours: dict, peers: dict[str, dict]) -> str:
     scored = "accuracy" in ours
-    measure = "accuracy" if scored else "sqnr_db"
-    best = max(peers, key=lambda name: peers[name][measure])
-    portable = max((name for name in peers if name in PORTABLE), key=lambda name: peers[name][measure])
-    return [_against(ours, peers[best], best, "best peer", scored)] + (
-        [_against(ours, peers[portable], portable, "best peer that is as safe without VNNI", scored)]
-        if portable != best
-        else []
-    )
-
-
-def _against(ours: dict, peer: dict, name: str, what: str, scored: bool) -> str:
-    if scored:
-        gain, limits = peer["kompakt_better_points"], peer["kompakt_better_ci95"]
-        figures = f"kompakt {100 * ours['accuracy']:.2f} %, {100 * peer['accuracy']:.2f} %: {gain:+.2f} points"
-        met = "reached" if gain >= 0 else "within noise" if limits[1] > 0 else "missed"
-        return f"accuracy against the {what} ({NAMES[name]}): {figures} ({_span(limits)}), **{met}**"
-    met = "reached" if ours["sqnr_db"] >= peer["sqnr_db"] else "missed"
-    figures = f"kompakt {ours['sqnr_db']:.1f} dB, {peer['sqnr_db']:.1f} dB"
-    return f"output SQNR against the {what} ({NAMES[name]}): {figures}, **{met}**"
+    best = max(peers, key=lambda peer: peers[peer]["accuracy" if scored else "sqnr_db"])
+    what = "peer that is right without VNNI too" if set(peers) <= set(PORTABLE) else "peer"
+    start = f"{NAMES[name]} against the best {what} ({NAMES[best]}): "
+    if not scored:
+        met = "reached" if ours["sqnr_db"] >= peers[best]["sqnr_db"] else "missed"
+        return start + f"output SQNR {ours['sqnr_db']:.1f} and {peers[best]['sqnr_db']:.1f} dB, **{met}**"
+    gain, *limits = peers[best]["kompakt_better"][name]
+    met = "reached" if gain >= 0 else "missed within the noise" if limits[1] > 0 else "missed"
+    return start + f"accuracy {gain:+.2f} points ({_span(limits)}), **{met}**"
 
 
 def _time(ours: dict, peers: dict[str, dict]) -> str:
