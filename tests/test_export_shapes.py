@@ -46,7 +46,22 @@ class ComputedBias(nn.Module):
         return self.out(F.relu(F.linear(x.mean((2, 3)), self.fc.weight, torch.cat([self.bias[:8], -self.bias[8:]]))))
 
 
+class Padded(nn.Module):
+    """Zeros on two sides only before a strided convolution, as in networks that came from TensorFlow."""
+
+    def __init__(self, mode: str = "constant") -> None:
+        super().__init__()
+        self.stem, self.depthwise = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, stride=2, groups=8)
+        self.fc, self.mode = nn.Linear(8, 4), mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(F.relu6(self.stem(x)), (0, 1, 0, 1), mode=self.mode)
+        return self.fc(F.relu6(self.depthwise(x)).mean((2, 3)))
+
+
 CASES = {
+    "padded": (Padded, images(32)),
+    "reflected": (lambda: Padded("reflect"), images(32)),
     "tokens": (tokens, images(32, size=4, channels=12)),
     "shuffled": (Shuffled, images(32)),
     "computed bias": (ComputedBias, images(32, channels=12)),
@@ -66,3 +81,13 @@ def test_the_runtime_computes_what_was_simulated(name: str, tmp_path: Path) -> N
     step = (simulated.max() - simulated.min()) / 255
     assert np.abs(open_onnx(path)(x.numpy()) - simulated).max() <= step
     assert "MatMul" not in runtime_ops(path), "every product runs in integers"
+
+
+def test_a_convolution_pads_for_itself(tmp_path: Path) -> None:
+    x = images(16)
+    capture = fold(trace(Padded().eval(), x[:2]))
+    plan, _ = uniform(capture.graph, ONNXRUNTIME)
+    made = quantize(capture, plan, calibrate(capture, [x], placed(capture.graph, ONNXRUNTIME)))
+    ops = runtime_ops(export_onnx(made, tmp_path / "model.onnx"))
+    assert "Pad" not in ops
+    assert ops["QuantizeLinear"] == 1, "only the input is rounded by an op of its own"

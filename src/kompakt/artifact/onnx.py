@@ -14,6 +14,7 @@ import torch
 from onnxscript import opset21 as op
 from torch import nn
 
+from kompakt.artifact.pads import absorb_pads
 from kompakt.artifact.qdq import to_integers
 from kompakt.errors import FormatError, ModelError
 from kompakt.files import atomic_path
@@ -44,6 +45,7 @@ def export_onnx(capture: Capture, path: str | Path, *, metadata: Mapping[str, st
     module = to_integers(capture)
     model = _onnx_program(module, capture.example).model_proto
     _strip(model)
+    absorb_pads(model)
     _unshare_zero_points(model)
     for key, value in sorted(metadata.items()):
         model.metadata_props.add(key=key, value=value)

@@ -54,6 +54,13 @@ def is_depthwise(graph: Graph, op: Op) -> bool:
     return op.kind == "conv2d" and weight is not None and weight.shape[1] == 1 and op.arguments["groups"] != 1
 
 
+def moves(op: Op) -> bool:
+    """Whether an op only moves values, or adds zeros, which every grid holds."""
+    if op.kind == "pad":
+        return op.arguments.get("mode") == "constant" and not op.arguments.get("value")
+    return op.kind in MOVES
+
+
 def data_inputs(graph: Graph, op: Op) -> tuple[str, ...]:
     """Names of the ops (not tensors) that an op reads."""
     return tuple(name for name in op.refs if name in graph.by_name)
@@ -115,7 +122,8 @@ def _wants(graph: Graph, rules: Rules, user: Op, op: Op, layers: set[str], wante
     """Whether ``user`` wants the output of ``op`` in integers."""
     if user.name in layers:
         return user.ref("input") == op.name
-    return user.name in wanted and (user.kind in rules.joins | rules.clamps | MOVES or _pools(graph, rules, user))
+    passes = user.kind in rules.joins | rules.clamps or moves(user) or _pools(graph, rules, user)
+    return user.name in wanted and passes
 
 
 def _pools(graph: Graph, rules: Rules, op: Op) -> bool:
@@ -130,10 +138,10 @@ def _pools(graph: Graph, rules: Rules, op: Op) -> bool:
 def _able(graph: Graph, rules: Rules, layers: set[str], wanted: set[str]) -> set[str]:
     """The ops whose output can be quantized without a float op having to be cut off for it."""
     able: set[str] = set()
-    passing = rules.joins | rules.clamps | MOVES
+    passing = rules.joins | rules.clamps
     for op in graph.ops:
         inputs = data_inputs(graph, op)
-        if op.name in layers or not (op.kind in passing or _pools(graph, rules, op)):
+        if op.name in layers or not (op.kind in passing or moves(op) or _pools(graph, rules, op)):
             fits = op.name in layers or op.kind == "input" or op.name in wanted
         else:
             several = op.kind not in rules.joins or op.kind == "cat" or len(inputs) > 1
@@ -157,6 +165,6 @@ def _with_sources(graph: Graph, marked: set[str]) -> dict[str, str | None]:
 def _source(graph: Graph, op: Op) -> str | None:
     """The op whose values ``op`` only moves, or None; never a list of tensors, which has no grid."""
     inputs = data_inputs(graph, op)
-    if op.kind not in MOVES or len(inputs) != 1:
+    if not moves(op) or len(inputs) != 1:
         return None
     return _source(graph, graph.by_name[inputs[0]]) if op.kind == "getitem" else inputs[0]
