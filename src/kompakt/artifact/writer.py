@@ -1,7 +1,10 @@
 """Writing ``.kpk`` files block by block; ``kompakt.artifact.container`` is the public face."""
 
+import os
 import zlib
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -19,6 +22,7 @@ from kompakt.files import atomic_path
 from kompakt.spec import QuantSpec
 
 BLOCK_VALUES = 2**21
+MOST_THREADS, WAITING = 4, 2
 SPARSE_SHARE = 0.5
 
 
@@ -27,10 +31,13 @@ class Writer:
 
     Args:
         file: opened for writing at its start; must be seekable.
+        pool: codes blocks side by side, where there is one; the bytes are the same.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO, pool: ThreadPoolExecutor | None = None) -> None:
         self._file = file
+        self._pool = pool
+        self._waiting: deque[tuple[Future[bytes], int]] = deque()
         self._records: dict[str, Record] = {}
         self._blocks: list[Block] = []
         self._pieces: list[tuple[np.ndarray, str]] = []
@@ -89,6 +96,8 @@ class Writer:
     ) -> None:
         """Write the last block, the index and the header."""
         self._flush()
+        while self._waiting:
+            self._write_next()
         index = Index(
             records=tuple(self._records.values()),
             blocks=tuple(self._blocks),
@@ -126,30 +135,47 @@ class Writer:
             self._flush()
 
     def _flush(self) -> None:
-        if not self._pieces:
-            return
-        members: list[Integers] = []
-        for group in groups([(piece.shape, dtype) for piece, dtype in self._pieces]):
-            arrays = [self._pieces[place][0] for place in group.places]
-            joined = arrays[0] if len(arrays) == 1 else np.concatenate([array.reshape(-1) for array in arrays])
-            members += split(joined.reshape(group.shape), group.dtype)
-        data = encode_block(members)
+        if self._pieces:
+            pieces, self._pieces, self._values = self._pieces, [], 0
+            if self._pool is None:
+                self._write(_encode(pieces), len(pieces))
+            else:
+                self._waiting.append((self._pool.submit(_encode, pieces), len(pieces)))
+                if len(self._waiting) > WAITING:
+                    self._write_next()
+
+    def _write_next(self) -> None:
+        future, count = self._waiting.popleft()
+        self._write(future.result(), count)
+
+    def _write(self, data: bytes, pieces: int) -> None:
         self._file.write(data)
-        self._blocks.append(Block(len(data), len(self._pieces), zlib.crc32(data)))
+        self._blocks.append(Block(len(data), pieces, zlib.crc32(data)))
         self._end += len(data)
-        self._pieces, self._values = [], 0
+
+
+def _encode(held: list[tuple[np.ndarray, str]]) -> bytes:
+    """The block of some pieces."""
+    members: list[Integers] = []
+    for group in groups([(piece.shape, dtype) for piece, dtype in held]):
+        arrays = [held[place][0] for place in group.places]
+        joined = arrays[0] if len(arrays) == 1 else np.concatenate([array.reshape(-1) for array in arrays])
+        members += split(joined.reshape(group.shape), group.dtype)
+    return encode_block(members)
 
 
 @contextmanager
-def create(path: str | Path, **closing: Any) -> Iterator[Writer]:
+def create(path: str | Path, *, threads: int | None = None, **closing: Any) -> Iterator[Writer]:
     """Yield a writer of a new file that takes the place of ``path`` when the block ends well.
 
     Args:
         path: the file.
+        threads: how many blocks are coded side by side; by default one a core, at most 4.
         closing: what ``Writer.close`` takes; leave it out if the block closes the writer itself.
     """
-    with atomic_path(path) as temporary, open(temporary, "w+b") as file:
-        writer = Writer(file)
+    count = min(MOST_THREADS, os.cpu_count() or 1) if threads is None else threads
+    with atomic_path(path) as temporary, open(temporary, "w+b") as file, ThreadPoolExecutor(max(1, count)) as pool:
+        writer = Writer(file, pool if count > 1 else None)
         yield writer
         if not writer.closed:
             writer.close(**closing)

@@ -15,7 +15,7 @@ from kompakt.coding.header import Coded, Huffman, Packed, write_entry
 from kompakt.coding.kernels import to_taps
 from kompakt.coding.models import SYMBOLS, histogram_codes, histogram_frequencies, write_histogram
 from kompakt.coding.options import Integers, plain_entry
-from kompakt.coding.rans import MOST_LANES_LOG, Call, capacity, encode
+from kompakt.coding.rans import Call, capacity, encode
 from kompakt.coding.sides import side_call, side_symbols
 from kompakt.coding.stream import encode_values, make_bundles
 from kompakt.coding.tablesets import read_set
@@ -24,6 +24,7 @@ from kompakt.coding.wire import Cursor, varint
 FINE_BITS, COARSE_BITS = 12, 10
 FINE_RATE = 1.0
 LANE_SHARE = 0.005
+ENOUGH_LANES, MANY_LANES_LOG = 1024, 12  # more lanes than that gain little speed
 LANE_BYTES = 0.8
 SMALL_BLOCK = 2**14
 
@@ -140,14 +141,15 @@ def _write_escapes(escapes: np.ndarray) -> bytes:
 
 
 def _lanes(section: _Coded, raw_bytes: int) -> int:
-    """As many lanes (their logarithm) as cost at most half a percent of the block, and no more than a call needs."""
-    allowed = LANE_SHARE * (_payload_bits(section) / 8 + raw_bytes)
+    """How many lanes (their logarithm): what half a percent of the block buys, and half of that beyond 1024."""
+    size_bytes = _payload_bits(section) / 8 + raw_bytes
     most = max((call.frequencies.size for call in section.calls), default=1)
     found = 0
-    while found < MOST_LANES_LOG and 1 << found < most:
+    while found < MANY_LANES_LOG and 1 << found < most:
         lanes = 2 << found
         unfilled = max(0, capacity(lanes, section.bits) - raw_bytes)
-        if LANE_BYTES * lanes + unfilled > allowed:
+        share = LANE_SHARE if lanes <= ENOUGH_LANES else LANE_SHARE / 2
+        if LANE_BYTES * lanes + unfilled > share * size_bytes:
             break
         found += 1
     return found

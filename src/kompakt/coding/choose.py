@@ -55,7 +55,7 @@ def choose(members: list[Integers]) -> Choice:
             entries[index], prices[index] = _parametric_entry(option), option.parametric_bits
     sets: list[bytes] = []
     for family in dict.fromkeys(option.family for option in options.values()):
-        group = {i: option for i, option in options.items() if option.family == family and not option.shift}
+        group = {i: option for i, option in options.items() if option.family == family}
         found = _stored(group, len(sets))
         for index, entry in found.entries.items():
             entries[index] = entry
@@ -72,10 +72,8 @@ def best_bits(member: Integers) -> float:
         return bits
     options, _ = make_options({0: member}, {0: bits})
     for option in options.values():
-        bits = min(bits, option.parametric_bits)
-        if not option.shift:
-            found = _price({0: option})
-            bits = min(bits, found.prices[0] + 8 * sum(map(len, found.sets)))
+        found = _price({0: option})
+        bits = min(bits, option.parametric_bits, found.prices[0] + 8 * sum(map(len, found.sets)))
     return bits
 
 
@@ -121,7 +119,8 @@ def _price(options: dict[int, Option], number: int = 0) -> _Stored:
     for index, option in options.items():
         entries[index] = _stored_entry(option, table_set, number)
         side = option.fits[-1].side_bits if table_set.classes or table_set.bins else 0.0
-        prices[index] = cost(table_set, samples[index]) + side + CODED_HEADER_BITS
+        low = option.shift * option.values.size
+        prices[index] = cost(table_set, samples[index]) + low + side + CODED_HEADER_BITS
     for taps in sorted({option.layout.taps for option in options.values() if option.sparse}):
         heads = {i: option.head_sample() for i, option in options.items() if option.layout.taps == taps}
         head_set, raw = build(list(heads.values()), CHOICE_BITS)
@@ -139,7 +138,7 @@ def _stored_entry(option: Option, table_set: TableSet, number: int) -> Coded:
     return Coded(
         stored=True,
         center=option.center,
-        shift=0,
+        shift=option.shift,
         flat=not looks and not option.sparse,
         scales=last.scales if table_set.classes else Scales(base=last.scales.base),
         weights=last.weights if table_set.bins else None,
@@ -154,7 +153,7 @@ def _headed(entry: Coded, option: Option, head_set: TableSet, number: int) -> Co
     return Coded(
         stored=True,
         center=entry.center,
-        shift=0,
+        shift=entry.shift,
         flat=False,
         scales=scales,
         weights=entry.weights,

@@ -85,8 +85,9 @@ def write_entry(entry: Entry) -> bytes:
     flags = sum(1 << place for place, part in enumerate(present) if part is not None)
     flags += FLAT * entry.flat + GROUPED * entry.grouped + SPARSE * (entry.heads is not None)
     heads = [] if entry.heads is None else [entry.heads]
-    mode, last = (TABLE, entry.index) if entry.stored else (PARAMETRIC, entry.shift)
-    return bytes([mode]) + zigzag(entry.center) + bytes([flags, entry.scales.base, last, *heads])
+    mode = TABLE if entry.stored else PARAMETRIC
+    sets = ([entry.index] if entry.stored else []) + heads
+    return bytes([mode]) + zigzag(entry.center) + bytes([flags, entry.scales.base, entry.shift, *sets])
 
 
 def read_entry(cursor: Cursor) -> Entry:
@@ -107,12 +108,12 @@ def read_entry(cursor: Cursor) -> Entry:
     if (flags & FLAT and flags != FLAT) or (flags & SPARSE and mode == PARAMETRIC):
         raise FormatError(f"{cursor.where}: flags {flags} of a member contradict each other; the file is corrupt")
     base = cursor.u8(CLASSES - 1, "the base class")
-    last = cursor.u8(255 if mode == TABLE else MOST_SHIFT, "the table set or the shift")
+    shift = cursor.u8(MOST_SHIFT, "the shift")
     empty = np.zeros(0, np.int64)
     return Coded(
         stored=mode == TABLE,
         center=value,
-        shift=last if mode == PARAMETRIC else 0,
+        shift=shift,
         flat=bool(flags & FLAT),
         scales=Scales(
             base=base,
@@ -121,7 +122,7 @@ def read_entry(cursor: Cursor) -> Entry:
             taps=empty if flags & TAPS else None,
         ),
         weights=empty if flags & PREDICTED else None,
-        index=last if mode == TABLE else 0,
+        index=cursor.u8() if mode == TABLE else 0,
         grouped=bool(flags & GROUPED),
         heads=cursor.u8() if flags & SPARSE else None,
     )
