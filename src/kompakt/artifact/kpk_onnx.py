@@ -4,8 +4,8 @@
     unpack_onnx("model.kpk")  # the very same bytes
 
 The protobuf is walked, not parsed: large ``raw_data`` fields are cut out of the bytes, so a file returns
-byte for byte, whatever wrote it and whatever operators it has. Only weights in typed fields or in a file of
-their own are first rewritten as ``raw_data``; then the model returns as that rewriting.
+byte for byte, whatever wrote it and whatever operators it has. Only large weights in typed fields, or in a file of
+their own, are first rewritten as ``raw_data``; then the model returns as that rewriting.
 """
 
 from collections.abc import Iterator
@@ -21,6 +21,7 @@ from kompakt.coding.wire import Cursor
 from kompakt.errors import FormatError, InputError
 
 LEAST_BYTES = 64
+MOST_TYPED_BYTES = 1024  # more of it is rewritten as raw_data
 MOST_NESTING = 32
 VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5
 # Fields of onnx.proto that lead to tensors: message, field number → message.
@@ -81,7 +82,7 @@ def pack_onnx(source: str | Path | bytes, out: str | Path, metadata: dict[str, A
     data = view(source)
     where = "the data" if isinstance(source, bytes) else str(source)
     tensors = list(_tensors(data, where))
-    if any(tensor.external or tensor.typed_bytes >= LEAST_BYTES for tensor in tensors):
+    if any(tensor.external or tensor.typed_bytes > MOST_TYPED_BYTES for tensor in tensors):
         data = memoryview(_with_raw_data(source, where))
         tensors = list(_tensors(data, where))
     return pack_spans(data, _spans(tensors), out, "onnx", metadata)
