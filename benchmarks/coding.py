@@ -2,12 +2,13 @@
 
 Weights of ../shared/zoo, rounded per channel to 8 … 3 bits, are coded by kompakt, by Huffman's code (one
 table a tensor), by zlib, xz and, where they are installed, zstd (``zstandard``) and NNCodec's CABAC (``nncodec``).
-All tables and side information are counted; scales are in none of the figures. Times are processor seconds of
-the fastest of several runs, one thread; decoding ends at integer tensors.
+All tables and side information are counted; scales only in the column of whole ``.kpk`` files, which has everything.
+Times are processor seconds of the fastest of several runs, one thread; decoding ends at integer tensors.
 """
 
 import argparse
 import importlib.util
+import io
 import json
 import lzma
 import time
@@ -18,10 +19,12 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
+from kompakt.artifact.container import Reader, Writer
 from kompakt.coding import huffman
 from kompakt.coding.block import encode_block
 from kompakt.coding.options import Integers
 from kompakt.coding.unblock import Spec, decode_block
+from kompakt.spec import PerChannel, QuantSpec
 
 ROOT = Path(__file__).resolve().parents[1]
 ZOO = ROOT.parent / "shared" / "zoo"
@@ -71,6 +74,25 @@ def kompakt_coder(tensors: Tensors) -> tuple[Callable[[], list[bytes]], Callable
     def decode(data: list[bytes]) -> Tensors:
         specs = [[Spec(tensor.shape, tensor.dtype) for tensor in block] for block in blocks]
         return [found for raw, wanted in zip(data, specs, strict=True) for found in decode_block(raw, wanted)]
+
+    return encode, decode
+
+
+def file_coder(tensors: Tensors) -> tuple[Callable[[], list[bytes]], Callable[[list[bytes]], Tensors]]:
+    """A whole ``.kpk`` file with the scales of the channels, opened and read."""
+
+    def encode() -> list[bytes]:
+        file = io.BytesIO()
+        writer = Writer(file)
+        for number, tensor in enumerate(tensors):
+            scale = np.random.default_rng(number).uniform(0.001, 0.1, len(tensor)).astype(np.float32)
+            writer.uniform(f"layer{number}.weight", tensor, scale, QuantSpec(granularity=PerChannel()))
+        writer.close()
+        return [file.getvalue()]
+
+    def decode(data: list[bytes]) -> Tensors:
+        with Reader(data[0]) as reader:
+            return [reader.parts(name)["codes"] for name in reader.records]
 
     return encode, decode
 
@@ -145,6 +167,7 @@ def coders() -> dict[str, Callable]:
     """The coders that are installed."""
     found = {
         "kompakt": kompakt_coder,
+        ".kpk file": file_coder,
         "Huffman": huffman_coder,
         "zlib-9": byte_coder(lambda raw: zlib.compress(raw, 9), zlib.decompress),
         "xz-9": byte_coder(lambda raw: lzma.compress(raw, preset=9), lzma.decompress),

@@ -11,7 +11,7 @@ from kompakt.coding import huffman
 from kompakt.coding.bitpack import pack
 from kompakt.coding.bundle import Member, Tables
 from kompakt.coding.choose import Choice, choose
-from kompakt.coding.header import Coded, Huffman, Packed, write_entry
+from kompakt.coding.header import Coded, Entry, Huffman, Packed, write_entry
 from kompakt.coding.kernels import to_taps
 from kompakt.coding.models import SYMBOLS, histogram_codes, histogram_frequencies, write_histogram
 from kompakt.coding.options import Integers, plain_entry
@@ -69,10 +69,10 @@ def _assemble(members: list[Integers], choice: Choice) -> bytes:
     return b"".join((varint(len(head)), head, coded, *streams.values(), raw))
 
 
-def _entry_bytes(entry: object, stream: bytes | None) -> bytes:
+def _entry_bytes(entry: Entry, stream: bytes | None) -> bytes:
     if isinstance(entry, Huffman) and stream is not None:
         return write_entry(Huffman(entry.least, entry.lengths, len(stream)))
-    return write_entry(entry)  # type: ignore[arg-type]
+    return write_entry(entry)
 
 
 def _plain_sections(members: list[Integers], choice: Choice) -> tuple[dict[int, bytes], bytes]:
@@ -141,14 +141,14 @@ def _write_escapes(escapes: np.ndarray) -> bytes:
 
 
 def _lanes(section: _Coded, raw_bytes: int) -> int:
-    """How many lanes (their logarithm): what half a percent of the block buys, and half of that beyond 1024."""
+    """How many lanes (their logarithm): what half a percent of the block buys; beyond 1024, an eighth."""
     size_bytes = _payload_bits(section) / 8 + raw_bytes
     most = max((call.frequencies.size for call in section.calls), default=1)
     found = 0
     while found < MANY_LANES_LOG and 1 << found < most:
         lanes = 2 << found
         unfilled = max(0, capacity(lanes, section.bits) - raw_bytes)
-        share = LANE_SHARE if lanes <= ENOUGH_LANES else LANE_SHARE / 2
+        share = LANE_SHARE if lanes <= ENOUGH_LANES else LANE_SHARE / 4
         if LANE_BYTES * lanes + unfilled > share * size_bytes:
             break
         found += 1
