@@ -36,7 +36,7 @@ def run(model: torch.nn.Module, inputs: torch.Tensor, out: Path, variant: str) -
     rules, chosen = VARIANTS[variant]
     steps: dict[str, dict[str, float]] = {}
     capture, steps["trace"] = timed(lambda: fold(trace(model, inputs[:2])))
-    names = placed(capture.graph, rules)
+    names = [name for name, like in placed(capture.graph, rules).items() if like is None]
     stats, steps["calibrate"] = timed(lambda: calibrate(capture, inputs.split(BATCH), names))
     plan, _ = uniform(capture.graph, rules, chosen)
     made, steps["quantize"] = timed(lambda: quantize(capture, plan, stats))

@@ -10,8 +10,10 @@ from kompakt.errors import InputError, ModelError
 from kompakt.graph.trace import Capture
 from kompakt.numerics.ranges import Histogram, update
 
-SAMPLE = 1 << 15
-"""Values of one tensor and batch that enter its histogram; the extremes always do."""
+SAMPLE = 1 << 10
+"""Values of one tensor that enter its histogram for each example; the extremes always do."""
+PIECE = 1 << 20
+"""Input values that run at once where the batch is symbolic: more leave the caches and take twice as long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +46,20 @@ def calibrate(capture: Capture, batches: Iterable[Tensor], names: Collection[str
     watch = _Watch(capture, frozenset(names))
     with torch.inference_mode():
         for batch in batches:
-            watch.examples += len(batch)
-            watch.run(batch)
+            for piece in batch.split(_piece(capture, batch)):
+                watch.examples += len(piece)
+                watch.run(piece)
     if not watch.examples:
         raise InputError("calibration: the data gave no batch; expected at least one")
     means = {name: total / watch.counts[name] for name, total in watch.sums.items()}
     return Stats(histograms=watch.histograms, means=means, examples=watch.examples)
+
+
+def _piece(capture: Capture, batch: Tensor) -> int:
+    """Say how many examples run at once; all of them where the model fixes its batch."""
+    first = next(node for node in capture.module.graph.nodes if node.op == "placeholder").meta.get("val")
+    symbolic = isinstance(first, Tensor) and first.ndim > 0 and isinstance(first.shape[0], torch.SymInt)
+    return max(1, PIECE // max(batch[0].numel(), 1)) if symbolic and len(batch) else max(len(batch), 1)
 
 
 class _Watch(fx.Interpreter):
@@ -99,6 +109,7 @@ def _counted(histogram: Histogram | None, value: Tensor, where: str) -> Histogra
     if not torch.isfinite(low) or not torch.isfinite(high):
         raise ModelError(f"{where}: the activation holds NaN or infinity; check the weights and the input's scaling")
     # An odd stride meets every column of an image, whose width is a power of two more often than not.
-    stride = max(1, -(-flat.numel() // SAMPLE)) | 1
+    examples = value.shape[0] if value.ndim else 1
+    stride = max(1, -(-flat.numel() // (SAMPLE * examples))) | 1
     sample = torch.cat([flat[::stride], low.reshape(1), high.reshape(1)]) if stride > 1 else flat
     return update(histogram, sample)
