@@ -112,6 +112,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS), help="fewer MACs")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=1, help="of torch; files are always timed with one")
     parser.add_argument("--steps", type=int, default=0, help="stop training after so many steps: a smoke test")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop cleanly after this time")
     parser.add_argument("--validation", type=int, default=5000, help="images that settings are chosen on")
@@ -125,7 +126,7 @@ def options() -> argparse.ArgumentParser:
 
 def main() -> int:
     given = options().parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(given.threads)
     end = time.monotonic() + 60 * given.minutes
     cells = Cells(folder=RESULTS, spent=_over(end))
     bench = Bench(

@@ -14,6 +14,7 @@ import torch
 from onnxscript import opset21 as op
 from torch import nn
 
+from kompakt.artifact.emit import emit
 from kompakt.artifact.pads import absorb_pads
 from kompakt.artifact.qdq import to_integers
 from kompakt.errors import FormatError, ModelError
@@ -43,8 +44,10 @@ def export_onnx(capture: Capture, path: str | Path, *, metadata: Mapping[str, st
     """
     path = Path(path)
     module = to_integers(capture)
-    model = _onnx_program(module, capture.example).model_proto
-    _strip(model)
+    model = emit(module)
+    if model is None:
+        model = _onnx_program(module, capture.example).model_proto
+        _strip(model)
     absorb_pads(model)
     _unshare_zero_points(model)
     for key, value in sorted(metadata.items()):
