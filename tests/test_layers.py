@@ -30,7 +30,7 @@ ORDER = (
     },
     {"methods", "artifact"},
     {"measure"},
-    {"job", "refinement", "slim", "finish", "search", "federated", "report"},
+    {"allotment", "job", "refinement", "slim", "finish", "search", "federated", "report"},
     {"cli"},
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from torch import nn
 
+from kompakt.allotment import Timing
 from kompakt.artifact.targets import Target
+from kompakt.cache import cache_folder
 from kompakt.data import Data
 from kompakt.measure.accuracy import Metric
 from kompakt.measure.judge import Judge
@@ -48,6 +50,11 @@ class Job:
     command: str = "compress"
     say: Callable[[str], None] = field(default=lambda text: None)
     progress: bool = True
+
+    @property
+    def timing(self) -> Timing:
+        """Where this job times single layers."""
+        return Timing(target=self.target, threads=self.threads, folder=cache_folder(), progress=self.progress)
 
     @property
     def judge(self) -> Judge:

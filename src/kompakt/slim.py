@@ -1,14 +1,18 @@
 """Make the network smaller before it is quantized: remove channels, then train what is left."""
 
 import copy
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kompakt.allotment import Timing, allotted, faster, loss_on
 from kompakt.augment import crop_and_flip
 from kompakt.build.distill import Objective, Teacher, Term
+from kompakt.build.drop import apply_drop
 from kompakt.build.follow import follow
 from kompakt.build.prune import apply_prune, units_of
 from kompakt.build.reconstruct import reconstruct
@@ -19,11 +23,13 @@ from kompakt.graph.coupling import Coupling, couple
 from kompakt.graph.graph import Left
 from kompakt.graph.trace import trace
 from kompakt.job import Job
-from kompakt.methods.channels import Knobs, channels
+from kompakt.methods.blocks import drop_blocks, residual_blocks
+from kompakt.methods.channels import Knobs
 from kompakt.methods.scores import Scoring, unit_scores
+from kompakt.methods.sparse import SparseKnobs, masks, sparse
 from kompakt.numerics.saliency import saliency
 from kompakt.plan.plan import Plan
-from kompakt.plan.recipe import FinetuneSection, PruneSection
+from kompakt.plan.recipe import FinetuneSection, PruneSection, SparsifySection
 
 GRADIENT_EXAMPLES = 512
 FIT_EXAMPLES = 512
@@ -32,33 +38,78 @@ BN_EXAMPLES = 2048
 
 @dataclass(frozen=True, kw_only=True)
 class Slim:
-    """A smaller network, the plan that made it, and what was done."""
+    """A smaller network, the plan that made it, what was done, and which weights stay in training."""
 
     model: nn.Module
     plan: Plan
     did: str
     left: tuple[Left, ...] = ()
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def slim(job: Job, example: Tensor) -> Slim:
-    """Prune and train as the recipe says; the job's model itself is left as it was.
+    """Prune, sparsify and train as the recipe says; the job's model itself is left as it was.
 
     Raises:
         InputError, BudgetError: a knob does not fit the model, or the target cannot be reached.
     """
-    prune, tune = job.recipe.prune, job.recipe.finetune
+    prune, thin, tune = job.recipe.prune, job.recipe.sparsify, job.recipe.finetune
     found = Slim(model=job.model, plan=Plan(), did="")
+    if prune is not None and prune.rounds > 1:
+        return _in_rounds(job, prune, tune, example)
     if prune is not None:
         job.say("removing channels")
-        found = pruned(job.model, job.data, prune, example, job.seed)
+        found = pruned(job.model, job.data, prune, example, job.seed, job.timing)
+    if thin is not None:
+        job.say("setting weights to zero")
+        found = sparsified(found, thin, example, job.data, job.seed)
     if tune.epochs:
         job.say(f"training for {tune.epochs} epochs")
         found = tuned(found, job.model, job.data, tune, seed=job.seed, progress=job.progress)
     return found
 
 
-def pruned(model: nn.Module, data: Data | None, section: PruneSection, example: Tensor, seed: int) -> Slim:
-    """Remove channels and mend what is left without training: see ``PruneSection.reconstruct``.
+def _in_rounds(job: Job, prune: PruneSection, tune: FinetuneSection, example: Tensor) -> Slim:
+    """Prune a little, train, and again (Han et al. 2015, arXiv:1506.02626); every round starts from the last."""
+    if tune.epochs < prune.rounds:
+        raise InputError(f"{prune.rounds} rounds need at least as many epochs of training, found {tune.epochs}")
+    part, each = _share(prune), tune.model_copy(update={"epochs": tune.epochs // prune.rounds})
+    found = Slim(model=job.model, plan=Plan(), did="")
+    for turn in range(prune.rounds):
+        job.say(f"round {turn + 1} of {prune.rounds}: removing channels")
+        cut = pruned(found.model, job.data, part, example, job.seed, job.timing)
+        cut = tuned(cut, job.model, job.data, each, seed=job.seed + turn, progress=job.progress)
+        entries = (*found.plan.entries, *cut.plan.entries)
+        found = Slim(model=cut.model, plan=Plan(entries=entries), did=cut.did, left=cut.left)
+    did = f"pruned in {prune.rounds} rounds, each trained for {each.epochs} epochs; the last: {found.did}"
+    return dataclasses.replace(found, did=did)
+
+
+def _share(prune: PruneSection) -> PruneSection:
+    """Return what one of the rounds removes, so that all together remove what was asked."""
+    rounds = prune.rounds
+    return prune.model_copy(
+        update={
+            "rounds": 1,
+            "drop_blocks": 0,
+            "channels": None if prune.channels is None else 1 - (1 - prune.channels) ** (1 / rounds),
+            **{
+                name: None if (times := getattr(prune, name)) is None else times ** (1 / rounds)
+                for name in ("fewer_macs", "fewer_params", "times_faster")
+            },
+        }
+    )
+
+
+def pruned(
+    model: nn.Module,
+    data: Data | None,
+    section: PruneSection,
+    example: Tensor,
+    seed: int,
+    timing: Timing | None = None,
+) -> Slim:
+    """Remove blocks and channels and mend what is left without training: see ``PruneSection.reconstruct``.
 
     Args:
         model: the original.
@@ -66,16 +117,39 @@ def pruned(model: nn.Module, data: Data | None, section: PruneSection, example: 
         section: what the recipe says.
         example: a batch of inputs.
         seed: of the random criterion and of the examples that are drawn.
+        timing: where the latency allocation measures times.
     """
-    coupling = follow(model, couple(trace(model, example).graph), example)
+    blocks = dropped(model, data, section.drop_blocks, example, seed)
+    coupling = follow(blocks.model, couple(trace(blocks.model, example).graph), example)
     scoring = Scoring(criterion=section.criterion, seed=seed)
-    grads = gradients(model, data, seed) if "grad" in saliency(section.criterion).needs else None
-    scores = unit_scores(coupling, dict(model.state_dict()), scoring, grads)
-    plan = channels(coupling, scores, _knobs(section))
-    made = apply_prune(model, plan, example)
+    grads = gradients(blocks.model, data, seed) if "grad" in saliency(section.criterion).needs else None
+    scores = unit_scores(coupling, dict(blocks.model.state_dict()), scoring, grads)
+    knobs, speed = _knobs(section), None
+    if section.allocation == "latency":
+        if timing is None or section.times_faster is None:
+            raise InputError("the latency allocation needs to know how much faster: give --times-faster 2")
+        plan, speed = faster(blocks.model, coupling, scores, knobs, example, timing, section.times_faster)
+    else:
+        plan = allotted(blocks.model, coupling, scores, knobs, data, seed)
+    made = apply_prune(blocks.model, plan, example)
     if data is not None:
-        made = _mended(model, made, coupling, plan, data, section, seed)
-    return Slim(model=made.eval(), plan=plan, did=_told(coupling, plan, section), left=coupling.left)
+        made = _mended(blocks.model, made, coupling, plan, data, section, seed)
+    did = f"{blocks.did}; {_told(coupling, plan, section)}".removeprefix("; ")
+    did += "" if speed is None else f", measured {speed:.2f}× faster"
+    whole = Plan(entries=(*blocks.plan.entries, *plan.entries))
+    return Slim(model=made.eval(), plan=whole, did=did, left=coupling.left)
+
+
+def dropped(model: nn.Module, data: Data | None, count: int, example: Tensor, seed: int) -> Slim:
+    """Replace so many residual blocks by the identity, those whose loss raises the training loss least."""
+    if not count:
+        return Slim(model=model, plan=Plan(), did="")
+    if data is None:
+        raise InputError("dropping blocks needs data to measure their effect on: give --data")
+    blocks = residual_blocks(trace(model, example).graph)
+    plan, history = drop_blocks(model, blocks, loss_on(data, seed), count=count)
+    names = ", ".join(name for name, _ in history)
+    return Slim(model=apply_drop(model, plan, example).eval(), plan=plan, did=f"blocks dropped: {names}")
 
 
 def _mended(
@@ -108,10 +182,11 @@ def tuned(
     augment = crop_and_flip if section.augment == "crop_and_flip" else None
     loader = shuffled(data.train, section.batch_size, seed=seed, augment=augment)
     teachers = (Teacher(model=original),) if taught else ()
-    train(model, loader, settings, objective=objective, teachers=teachers, hooks=Hooks(progress=progress))
+    hooks = Hooks(progress=progress, after_step=(keeper(found.masks),) if found.masks else ())
+    train(model, loader, settings, objective=objective, teachers=teachers, hooks=hooks)
     with_teacher = " with the original as teacher" if taught else ""
     did = f"{found.did}; trained for {section.epochs} epochs{with_teacher}".removeprefix("; ")
-    return Slim(model=model.eval(), plan=found.plan, did=did, left=found.left)
+    return dataclasses.replace(found, model=model.eval(), did=did)
 
 
 def _knobs(section: PruneSection) -> Knobs:
@@ -124,6 +199,49 @@ def _knobs(section: PruneSection) -> Knobs:
         min_width=section.min_width,
         ignore=section.ignore,
     )
+
+
+def sparsified(found: Slim, section: SparsifySection, example: Tensor, data: Data | None, seed: int) -> Slim:
+    """Set weights to zero; ``masks`` of the result keep them so in training."""
+    n_of_m = None if section.n_of_m is None else tuple(int(part) for part in section.n_of_m.split(":"))
+    knobs = SparseKnobs(
+        sparsity=section.sparsity,
+        n_of_m=n_of_m,  # type: ignore[arg-type]  # the pattern has two parts
+        scope=section.scope,
+        criterion=section.criterion,
+        block=section.block,
+        ignore=section.ignore,
+    )
+    model = copy.deepcopy(found.model)
+    tensors = dict(model.named_parameters())
+    plan, left = sparse(trace(model, example).graph, tensors, knobs)
+    keep = masks(plan, tensors)
+    keeper(keep)(model, 0)
+    if data is not None:
+        part = data.train.subset(min(BN_EXAMPLES, len(data.train)), seed=seed)
+        reestimate_bn(model, part.batches(128, shuffle=True, generator=torch.Generator().manual_seed(seed)))
+    zeros = sum(int((~mask).sum()) for mask in keep.values())
+    share = zeros / max(1, sum(mask.numel() for mask in keep.values()))
+    did = f"{found.did}; {100 * share:.1f} % of the weights of {len(keep)} layers set to zero".removeprefix("; ")
+    return Slim(
+        model=model.eval(),
+        plan=Plan(entries=(*found.plan.entries, *plan.entries)),
+        did=did,
+        left=(*found.left, *left),
+        masks=keep,
+    )
+
+
+def keeper(keep: Mapping[str, Tensor]) -> Callable[[nn.Module, int], None]:
+    """Return a hook for the training loop that sets to zero again what ``keep`` has False for."""
+
+    def after_step(model: nn.Module, step: int) -> None:
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if name in keep:
+                    weight.mul_(keep[name].to(weight.device, weight.dtype))
+
+    return after_step
 
 
 def gradients(model: nn.Module, data: Data | None, seed: int) -> dict[str, Tensor]:

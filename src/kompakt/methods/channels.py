@@ -17,7 +17,7 @@ from kompakt.plan.allocate import NamedCost
 from kompakt.plan.plan import Plan
 
 STEPS = 40
-ALLOCATIONS = ("uniform", "global", "knapsack", "sensitivity")
+ALLOCATIONS = ("uniform", "global", "knapsack", "sensitivity", "latency")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class Knobs:
             groups together; ``knapsack``: the most score kept within the budget, solved exactly;
             ``sensitivity``: the least sum of measured drops within the budget, solved exactly. The last two
             read a ``ratio`` r as 1/(1 − r)² times fewer multiply–accumulates; a measured latency is one more
-            budget for them.
+            budget for them. ``latency``: as ``knapsack``, with measured times as the budget (``costs``).
         align: widths become multiples of this many channels, where a group is wide enough.
         min_width: channels that every group keeps at least.
         max_ratio: the largest share of one group that may go.
@@ -53,7 +53,7 @@ class Knobs:
 
     def __post_init__(self) -> None:
         given = [value for value in (self.ratio, self.fewer_macs, self.fewer_params) if value is not None]
-        if len(given) != 1:
+        if len(given) != 1 and not (self.allocation == "latency" and not given):
             raise InputError("say one of ratio, fewer_macs and fewer_params")
         for name, ratio in (("ratio", self.ratio), ("max_ratio", self.max_ratio), *self.ratios):
             if ratio is not None and not 0 < ratio < 1:
@@ -98,9 +98,10 @@ def channels(
     if not free:
         raise InputError("no channels can be removed: every layer is ignored or left whole")
     limits = {group.name: _limit(group, knobs) for group in free}
-    if knobs.allocation == "knapsack":
-        offered = {group.name: _options(group, limits, knobs) for group in free}
-        widths = knapsack(coupling, scores, offered, _budget(coupling, knobs), costs)
+    if knobs.allocation == "latency" and not costs:
+        raise InputError("the latency allocation needs measured times; give a target to measure them on")
+    if knobs.allocation in ("knapsack", "latency"):
+        widths = knapsack(coupling, scores, offered_widths(coupling, knobs), _budget(coupling, knobs), costs)
     elif knobs.allocation == "sensitivity":
         widths = least_drop(coupling, _offered(free, limits, drops), _budget(coupling, knobs), costs)
     else:
@@ -108,6 +109,14 @@ def channels(
     widths = _tied(coupling, widths)
     free = tuple(group for group in free if group.name in widths)
     return removal(coupling, {group.name: _lowest(scores[group.name], widths[group.name]) for group in free})
+
+
+def offered_widths(coupling: Coupling, knobs: Knobs) -> dict[str, list[int]]:
+    """List the widths, in units, that the exact allocations choose from: up to nine for every group that may shrink."""
+    whole = _matched(coupling, knobs.ignore)
+    free = [group for group in coupling.groups if group.name not in whole]
+    limits = {group.name: _limit(group, knobs) for group in free}
+    return {group.name: _options(group, limits, knobs) for group in free}
 
 
 def _lowest(scores: Tensor, width: int) -> list[int]:
@@ -222,6 +231,8 @@ def _cost(coupling: Coupling, widths: Mapping[str, int]) -> Cost:
 def _budget(coupling: Coupling, knobs: Knobs) -> dict[str, float]:
     """Say the target in MACs or parameters."""
     graph = coupling.graph
+    if (knobs.ratio, knobs.fewer_macs, knobs.fewer_params) == (None, None, None):
+        return {}  # a measured latency is the only budget
     if knobs.fewer_params is not None:
         return {"params": graph.params / knobs.fewer_params}
     times = knobs.fewer_macs if knobs.fewer_macs is not None else 1 / (1 - (knobs.ratio or 0.0)) ** 2

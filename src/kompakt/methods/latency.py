@@ -78,6 +78,14 @@ def latency_cost(
     return NamedCost(options=options, budget=budget_ms, pairs=pairs or None, fixed=fixed)
 
 
+def whole_ms(coupling: Coupling, widths: Mapping[str, Sequence[int]], times_ms: Mapping[Case, float]) -> float:
+    """Add up the times of all layers at their full widths."""
+    full = {name: (max(offered),) for name, offered in widths.items()}
+    return sum(
+        times_ms[case] for op, names in _layers(coupling, full) for case in _at(coupling, op, names, full).values()
+    )
+
+
 def _layers(coupling: Coupling, widths: Mapping[str, Sequence[int]]) -> list[tuple[Op, tuple[str, ...]]]:
     """Return the layers with the names of the (at most two) groups that decide most of their size."""
     owner = {unit: group.name for group in coupling.groups if group.name in widths for unit in group.units}

@@ -41,18 +41,38 @@ class PruneSection(Section):
     """``[prune]``: coupled channels that are really removed; see ``kompakt.methods.channels.Knobs``.
 
     One of ``channels`` (the share that goes), ``fewer_macs`` and ``fewer_params`` (how many times fewer)
-    says how far. The score of a channel is ``criterion``, how much goes where is ``allocation``. With
-    ``reconstruct`` the layers that lost inputs are refitted on data; else batch norms are estimated anew.
+    and, with the latency allocation, ``times_faster`` says how far. The score of a channel is ``criterion``,
+    how much goes where is ``allocation``. With ``reconstruct`` the layers that lost inputs are refitted on
+    data; else batch norms are estimated anew. ``drop_blocks`` residual blocks go first, those whose loss
+    costs least. ``rounds`` prunes in so many steps, training between them.
     """
 
     channels: float | None = Field(default=None, gt=0, lt=1)
     fewer_macs: float | None = Field(default=None, gt=1)
     fewer_params: float | None = Field(default=None, gt=1)
+    times_faster: float | None = Field(default=None, gt=1)
+    drop_blocks: int = Field(default=0, ge=0)
+    rounds: int = Field(default=1, ge=1)
     criterion: str = "l2"
-    allocation: Literal["uniform", "global", "knapsack"] = "global"
+    allocation: Literal["uniform", "global", "knapsack", "sensitivity", "latency"] = "global"
     align: int = Field(default=1, ge=1)
     min_width: int = Field(default=4, ge=1)
     reconstruct: bool = True
+    ignore: tuple[str, ...] = ()
+
+
+class SparsifySection(Section):
+    """``[sparsify]``: single weights, N of every M, or blocks become zero and stay so in training and export.
+
+    ``sparsity`` is the share that goes (of each layer, or of all together with ``scope = "global"``);
+    ``n_of_m = "2:4"`` keeps two of every four inputs.
+    """
+
+    sparsity: float | None = Field(default=None, gt=0, lt=1)
+    n_of_m: str | None = Field(default=None, pattern=r"^[1-9]\d*:[1-9]\d*$")
+    criterion: Literal["magnitude", "lamp", "random_parameters"] = "magnitude"
+    scope: Literal["layer", "global"] = "layer"
+    block: tuple[int, ...] = ()
     ignore: tuple[str, ...] = ()
 
 
@@ -87,6 +107,7 @@ class Recipe(Section):
     """
 
     prune: PruneSection | None = None
+    sparsify: SparsifySection | None = None
     finetune: FinetuneSection = FinetuneSection()
     quantize: QuantizeSection | None = QuantizeSection()
     budget: BudgetSection = BudgetSection()
