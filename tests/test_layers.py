@@ -30,7 +30,7 @@ ORDER = (
     },
     {"methods", "artifact"},
     {"measure"},
-    {"allotment", "job", "refinement", "slim", "finish", "search", "federated", "report"},
+    {"allotment", "job", "refinement", "slim", "finish", "search", "ship", "federated", "report"},
     {"cli"},
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

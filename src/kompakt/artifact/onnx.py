@@ -1,5 +1,6 @@
 """Export to ONNX for ONNX Runtime, open a session, and read what the runtime made of the file."""
 
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -162,13 +163,19 @@ class Runtime:
 
 
 def open_onnx(
-    path: str | Path, threads: int = 1, *, optimized: Path | None = None, profile: Path | None = None
+    path: str | Path,
+    threads: int = 1,
+    *,
+    optimize: bool = True,
+    optimized: Path | None = None,
+    profile: Path | None = None,
 ) -> Runtime:
     """Open a file in ONNX Runtime on the CPU.
 
     Args:
         path: the file.
         threads: intra-op threads; with more than one, idle threads do not spin.
+        optimize: let the runtime fuse operators; without it each runs as it is written.
         optimized: where to write the graph as the runtime optimised it, less what depends on the CPU.
         profile: where (a prefix) to write the runtime's own profile.
 
@@ -180,6 +187,8 @@ def open_onnx(
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0" if threads > 1 else "1")
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if optimized is not None:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         options.optimized_model_filepath = str(optimized)
@@ -195,10 +204,21 @@ def open_onnx(
     return Runtime(session=session, path=Path(path), threads=threads)
 
 
-def runtime_ops(path: str | Path) -> dict[str, int]:
-    """Count the operators of a file after ONNX Runtime's own optimisation, as it would run them."""
+def runtime_graph(path: str | Path) -> onnx.ModelProto:
+    """Return a file's graph after ONNX Runtime's own optimisation, as it would run it."""
     with tempfile.TemporaryDirectory() as folder:
         seen = Path(folder) / "optimized.onnx"
         open_onnx(path, optimized=seen)
-        model = onnx.load(str(seen), load_external_data=False)
-    return dict(Counter(node.op_type for node in model.graph.node))
+        return onnx.load(str(seen), load_external_data=False)
+
+
+def runtime_ops(path: str | Path) -> dict[str, int]:
+    """Count the operators of a file after ONNX Runtime's own optimisation."""
+    return dict(Counter(node.op_type for node in runtime_graph(path).graph.node))
+
+
+def copy_onnx(source: Path, path: Path) -> Path:
+    """Copy an ONNX file that stands alone."""
+    with atomic_path(path) as temporary:
+        shutil.copyfile(source, temporary)
+    return path

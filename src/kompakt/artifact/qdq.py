@@ -75,7 +75,7 @@ def _(x: Tensor) -> Tensor:
 def to_integers(capture: Capture) -> fx.GraphModule:
     """Return a graph module that stores integers and computes with ``kompakt::`` operators."""
     module = copy.deepcopy(capture.module)
-    _drop_clamps(module)
+    drop_clamps(module)
     for node in list(module.graph.nodes):
         if node.op == "call_function" and node.target is torch.ops.aten.linear.default:
             _spell_out_linear(module, node)
@@ -101,7 +101,7 @@ def to_integers(capture: Capture) -> fx.GraphModule:
     return module
 
 
-def _drop_clamps(module: fx.GraphModule) -> None:
+def drop_clamps(module: fx.GraphModule) -> None:
     """Take out the clamps that the grid behind them makes redundant.
 
     ONNX Runtime does so too, but in some releases only where the ends agree to 1e-7: a layer whose grid

@@ -9,6 +9,7 @@ import typer
 from kompakt.cli.bench import bench
 from kompakt.cli.compress import compress_command, quantize_command
 from kompakt.cli.demo import demo
+from kompakt.cli.export import check, export
 from kompakt.cli.flatten import flatten
 from kompakt.cli.inspect import analyze, inspect
 from kompakt.cli.pack import pack, unpack
@@ -38,6 +39,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "finetune": finetune,
     "pack": pack,
     "unpack": unpack,
+    "export": export,
+    "check": check,
     "bench": bench,
     "report": report,
 }

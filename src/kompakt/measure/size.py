@@ -56,6 +56,8 @@ def size_bytes(path: str | Path) -> int:
     if not path.is_file():
         raise InputError(f"{path}: no such file or folder")
     beside = _external_files(path) if path.suffix == ".onnx" else []
+    if path.suffix == ".xml":  # OpenVINO keeps the weights in a file of the same name
+        beside = [file for file in [path.with_suffix(".bin")] if file.is_file()]
     return path.stat().st_size + sum(file.stat().st_size for file in beside)
 
 

@@ -1,0 +1,148 @@
+"""``kompakt export`` and ``kompakt check``: the right file for each target, and what would go wrong with a file."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from torch import Tensor, nn
+
+from kompakt.artifact.lint import Finding
+from kompakt.artifact.targets import Target, target
+from kompakt.build.prune import apply_prune
+from kompakt.cli.options import ModelOptions, OptionalDataOptions, RunOptions
+from kompakt.cli.voice import speaking
+from kompakt.errors import InputError
+from kompakt.files import atomic_write, writable_folder
+from kompakt.graph.fold import fold
+from kompakt.graph.trace import trace
+from kompakt.measure.size import size_bytes
+from kompakt.models import load_model, parse_arguments
+from kompakt.plan.plan import Plan
+from kompakt.report.numbers import bytes_text
+from kompakt.ship import PROOFS, Shipped, quantized, ship
+from kompakt.weights import load_weights
+
+To = Annotated[str, typer.Option("--to", help="onnxruntime, openvino, tensorrt, triton, executorch …")]
+SUFFIXES = {".xml": "openvino", ".pte": "executorch", ".tflite": "litert", ".onnx": "onnxruntime", "": "triton"}
+
+
+def export(
+    to: To,
+    out: Annotated[Path, typer.Option(help="folder for the artifact and export.json")],
+    model: ModelOptions,
+    data: OptionalDataOptions,
+    run: RunOptions,
+    plan: Annotated[Path | None, typer.Option(help="plan.json of a pruned model, whose --weights are given")] = None,
+    calibration: Annotated[int, typer.Option(help="training examples to calibrate on", min=1)] = 512,
+) -> None:
+    """Write MODEL (or a folder that compress wrote) for a runtime: float without --data, int8 with it."""
+    chosen = target(to)
+    if Path(model.model).is_dir():
+        _convert(Path(model.model), chosen, writable_folder(out), run)
+        return
+    network = _pruned(model, plan, run) if plan else model.load(run.seed)
+    folder = writable_folder(out)
+    with speaking(run) as say:
+        if data.data is None:
+            shipped = ship(fold(trace(network, model.example())), chosen, folder, say=say)
+        else:
+            examples = data.open(model, run)
+            say("calibrating")
+            part = examples.train.subset(min(calibration, len(examples.train)), seed=run.seed)
+            capture, left = quantized(network, model.example(), chosen, part)
+            proof = next(iter(examples.test.batches(PROOFS, limit=PROOFS)))[0]
+            shipped = ship(capture, chosen, folder, left=left, proof=proof, say=say)
+    _tell(shipped, chosen, folder, run)
+
+
+def check(
+    file: Annotated[Path, typer.Argument(help="an artifact")],
+    run: RunOptions,
+    target_name: Annotated[str, typer.Option("--target", help="runtime that it is for")] = "onnxruntime",
+) -> None:
+    """Say what would go wrong with FILE in a runtime, where, and how to mend it."""
+    chosen = target(target_name)
+    _fits(file, chosen)
+    findings = chosen.check(file)
+    if run.json:
+        print(json.dumps([asdict(item) for item in findings], indent=1))
+    elif not run.quiet:
+        _list(findings, chosen)
+
+
+def _fits(file: Path, chosen: Target) -> None:
+    """Refuse an artifact of another target."""
+    if not file.exists():
+        raise InputError(f"{file}: no such file or folder")
+    if file.suffix not in (chosen.suffix, ".onnx" if chosen.convert and chosen.suffix else chosen.suffix):
+        guess = SUFFIXES.get(file.suffix if file.is_file() else "")
+        hint = f"; this looks like one of {guess}" if guess else ""
+        raise InputError(f"{file}: {chosen.name} takes {chosen.suffix or 'a model folder'}{hint}")
+
+
+def _pruned(model: ModelOptions, plan: Path, run: RunOptions) -> nn.Module:
+    """Build the model, cut it as the plan says, and load what was trained after the cut."""
+    if model.weights is None:
+        raise InputError("--plan: give the weights of the pruned model with --weights, such as DIR/pruned.safetensors")
+    whole = load_model(model.model, arguments=parse_arguments(model.model_arg or []))
+    example: Tensor = model.example()
+    made = apply_prune(whole, Plan.read(plan), example)
+    load_weights(made, model.weights, name=model.model)
+    return made.eval()
+
+
+def _convert(folder: Path, chosen: Target, out: Path, run: RunOptions) -> None:
+    """Write the model of a folder for a target that takes ONNX with the same rules."""
+    source = folder / "model.onnx"
+    if not source.is_file():
+        raise InputError(f"{folder}: holds no model.onnx; give a folder that kompakt compress wrote, or a model")
+    if chosen.convert is None:
+        raise InputError(
+            f"{folder}: its integers follow ONNX Runtime's rules, not {chosen.name}'s; "
+            f"give the model: kompakt export MODEL --plan {folder}/plan.json --weights {folder}/pruned.safetensors"
+        )
+    path = chosen.convert(source, out / f"model{chosen.suffix}")
+    shipped = Shipped(
+        path=path, size_bytes=size_bytes(path), parity=None, findings=chosen.check(path), left=(), snippet=""
+    )
+    _tell(shipped, chosen, out, run)
+
+
+def _tell(shipped: Shipped, chosen: Target, out: Path, run: RunOptions) -> None:
+    """Write ``export.json`` and say what is in it."""
+    found = {
+        "target": chosen.name,
+        "file": shipped.path.name,
+        "size_bytes": shipped.size_bytes,
+        "parity": shipped.parity.model_dump() if shipped.parity else None,
+        "findings": [asdict(item) for item in shipped.findings],
+        "left_alone": [asdict(item) for item in shipped.left],
+        "snippet": shipped.snippet,
+        "note": chosen.note,
+    }
+    text = json.dumps(found, indent=1)
+    atomic_write(out / "export.json", text.encode())
+    if run.json:
+        print(text)
+    elif not run.quiet:
+        typer.echo(f"wrote {shipped.path}: {bytes_text(shipped.size_bytes)}")
+        if shipped.parity:
+            seen = shipped.parity
+            typer.echo(
+                f"simulated against {chosen.name}: top-1 agrees on {seen.top1_agreement:.2%} of {seen.examples}, "
+                f"SQNR {seen.sqnr_db:.1f} dB, max {seen.max_abs_error:.3g}"
+            )
+        if chosen.note:
+            typer.echo(chosen.note)
+        _list(shipped.findings, chosen)
+
+
+def _list(findings: tuple[Finding, ...], chosen: Target) -> None:
+    console = Console()
+    if not findings:
+        console.print(f"nothing found that would go wrong in {chosen.name}", highlight=False)
+    for item in findings:
+        console.print(f"{item.rule}: {item.where}: {item.what}; {item.mend}", highlight=False, soft_wrap=True)

@@ -1,0 +1,113 @@
+"""``ship``: one model, the artifact of one target by that target's rules, proved in its runtime."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kompakt import __version__
+from kompakt.artifact.lint import Finding
+from kompakt.artifact.targets import Target
+from kompakt.build.integer import exact
+from kompakt.build.quantize import quantize
+from kompakt.data import Split
+from kompakt.graph.calibrate import calibrate
+from kompakt.graph.fold import fold
+from kompakt.graph.graph import Left
+from kompakt.graph.trace import Capture, trace
+from kompakt.measure.parity import compare
+from kompakt.measure.result import Parity
+from kompakt.measure.size import size_bytes
+from kompakt.methods.uniform import Knobs, uniform
+from kompakt.plan.rules import placed
+
+BATCH = 32
+PROOFS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shipped:
+    """An artifact and what was seen of it.
+
+    Args:
+        path: the file or folder.
+        size_bytes: of all of it.
+        parity: simulated against real outputs; None where the runtime is not here.
+        findings: what the target's checks say of it.
+        left: layers that stay float, with the reason.
+        snippet: how to run it.
+    """
+
+    path: Path
+    size_bytes: int
+    parity: Parity | None
+    findings: tuple[Finding, ...]
+    left: tuple[Left, ...]
+    snippet: str
+
+
+def quantized(
+    model: nn.Module, example: Tensor, target: Target, calibration: Split, knobs: Knobs = Knobs()
+) -> tuple[Capture, tuple[Left, ...]]:
+    """Quantize a model by a target's rules, without training.
+
+    Args:
+        model: in float; it is left as it was.
+        example: two inputs.
+        target: whose rules.
+        calibration: examples for the ranges.
+        knobs: of the method.
+    """
+    capture = fold(trace(model, example))
+    sites = placed(capture.graph, target.rules, knobs.keep)
+    stats = calibrate(capture, (inputs for inputs, _ in calibration.batches(BATCH)), sites)
+    plan, left = uniform(capture.graph, target.rules, knobs)
+    return quantize(capture, plan, stats), left
+
+
+def ship(
+    capture: Capture,
+    target: Target,
+    out: Path,
+    *,
+    left: tuple[Left, ...] = (),
+    proof: Tensor | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Shipped:
+    """Write the artifact of a capture, float or quantized, and prove it.
+
+    Args:
+        capture: what to write.
+        target: for which runtime.
+        out: the folder that gets ``model`` with the target's suffix.
+        left: passed on.
+        proof: inputs on which simulated and real outputs are compared; the capture's example by default.
+        say: is told what is going on.
+
+    Raises:
+        ModelError: the target lacks an operator of the model.
+    """
+    say(f"exporting to {target.name}")
+    path = target.export(capture, out / f"model{target.suffix}", metadata={"made_by": f"kompakt {__version__}"})
+    say("comparing with the simulated model")
+    parity = prove(capture, target, path, capture.example[0] if proof is None else proof)
+    shape = tuple(capture.example[0][:1].shape)
+    snippet = target.snippet.format(file=path.name, shape=shape)
+    return Shipped(
+        path=path, size_bytes=size_bytes(path), parity=parity, findings=target.check(path), left=left, snippet=snippet
+    )
+
+
+def prove(capture: Capture, target: Target, path: Path, inputs: Tensor) -> Parity:
+    """Compare the simulated model with the artifact in its runtime."""
+    runtime, simulated = target.open(path, 1), exact(capture)
+    ours, theirs = [], []
+    with torch.inference_mode():
+        for part in inputs.split(BATCH):
+            ours.append(simulated.module(part).numpy())
+            theirs.append(runtime(part.numpy()))
+    a, b = np.concatenate(ours), np.concatenate(theirs)
+    return compare(a, b, step=float(a.max() - a.min()) / 255)
