@@ -214,8 +214,9 @@ def sparsified(found: Slim, section: SparsifySection, example: Tensor, data: Dat
     )
     model = copy.deepcopy(found.model)
     tensors = dict(model.named_parameters())
-    plan, left = sparse(trace(model, example).graph, tensors, knobs)
-    keep = masks(plan, tensors)
+    inputs = {"grad": gradients(model, data, seed)} if "grad" in saliency(section.criterion).needs else {}
+    plan, left = sparse(trace(model, example).graph, tensors, knobs, inputs)
+    keep = masks(plan, tensors, inputs)
     keeper(keep)(model, 0)
     if data is not None:
         part = data.train.subset(min(BN_EXAMPLES, len(data.train)), seed=seed)

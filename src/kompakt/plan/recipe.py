@@ -65,12 +65,12 @@ class SparsifySection(Section):
     """``[sparsify]``: single weights, N of every M, or blocks become zero and stay so in training and export.
 
     ``sparsity`` is the share that goes (of each layer, or of all together with ``scope = "global"``);
-    ``n_of_m = "2:4"`` keeps two of every four inputs.
+    ``n_of_m = "2:4"`` keeps two of every four inputs. ``sensitivity`` with a global scope is SNIP.
     """
 
     sparsity: float | None = Field(default=None, gt=0, lt=1)
     n_of_m: str | None = Field(default=None, pattern=r"^[1-9]\d*:[1-9]\d*$")
-    criterion: Literal["magnitude", "lamp", "random_parameters"] = "magnitude"
+    criterion: Literal["magnitude", "lamp", "sensitivity"] = "magnitude"
     scope: Literal["layer", "global"] = "layer"
     block: tuple[int, ...] = ()
     ignore: tuple[str, ...] = ()
