@@ -263,6 +263,16 @@ def _dequantize(writer: _Writer, node: fx.Node, given: Arguments) -> None:
     writer.add("DequantizeLinear", [given["q"], given["scale"], given["zero_point"]], node.name, **more)
 
 
+def _lookup(writer: _Writer, node: fx.Node, given: Arguments) -> None:
+    index = writer.add("Cast", [given["indices"]], f"{node.name}_index", to=TensorProto.INT32)
+    writer.add("Gather", [given["values"], index], node.name)
+
+
+def _lookup_rows(writer: _Writer, node: fx.Node, given: Arguments) -> None:
+    index = writer.add("Cast", [given["indices"]], f"{node.name}_index", to=TensorProto.INT32)
+    writer.add("GatherElements", [given["values"], index], node.name, axis=1)
+
+
 FORMS: dict[Any, Form] = {
     aten.conv2d.default: _conv,
     aten.linear.default: _linear,
@@ -290,5 +300,7 @@ FORMS: dict[Any, Form] = {
     qdq.global_average_pool_op._opoverload: _plain("GlobalAveragePool", "x"),
     qdq.quantize_op._opoverload: _plain("QuantizeLinear", "x", "scale", "zero_point"),
     qdq.dequantize_op._opoverload: _dequantize,
+    qdq.lookup_op._opoverload: _lookup,
+    qdq.lookup_rows_op._opoverload: _lookup_rows,
 }
 """Operator → what writes it."""

@@ -16,6 +16,7 @@ from onnxscript import opset21 as op
 from torch import nn
 
 from kompakt.artifact.emit import emit
+from kompakt.artifact.nibbles import pack_nibbles
 from kompakt.artifact.pads import absorb_pads
 from kompakt.artifact.qdq import to_integers
 from kompakt.errors import FormatError, ModelError
@@ -51,6 +52,7 @@ def export_onnx(capture: Capture, path: str | Path, *, metadata: Mapping[str, st
         _strip(model)
     absorb_pads(model)
     _unshare_zero_points(model)
+    pack_nibbles(model)
     for key, value in sorted(metadata.items()):
         model.metadata_props.add(key=key, value=value)
     with atomic_path(path) as temporary:
@@ -78,6 +80,8 @@ def _table() -> dict[Callable, Callable]:
         torch.ops.kompakt.quantize.default: _quantize,
         torch.ops.kompakt.dequantize.default: _dequantize,
         torch.ops.kompakt.dynamic_linear.default: _dynamic_linear,
+        torch.ops.kompakt.lookup.default: _lookup,
+        torch.ops.kompakt.lookup_rows.default: _lookup_rows,
         torch.ops.kompakt.global_average_pool.default: _global_average_pool,
     }
 
@@ -88,6 +92,14 @@ def _quantize(x, scale, zero_point):  # type: ignore[no-untyped-def]  # onnxscri
 
 def _dequantize(q, scale, zero_point, axis: int = 0):  # type: ignore[no-untyped-def]
     return op.DequantizeLinear(q, scale, zero_point, axis=axis)
+
+
+def _lookup(indices, values):  # type: ignore[no-untyped-def]
+    return op.Gather(values, op.Cast(indices, to=6))
+
+
+def _lookup_rows(indices, values):  # type: ignore[no-untyped-def]
+    return op.GatherElements(values, op.Cast(indices, to=6), axis=1)
 
 
 def _global_average_pool(x):  # type: ignore[no-untyped-def]

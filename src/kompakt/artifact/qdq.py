@@ -10,11 +10,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from kompakt.build.integer import averages_image, behind_clamps
-from kompakt.build.layers import BiasQuantizer, Quantizer
+from kompakt.build.layers import BiasQuantizer, Codebook, Quantizer
 from kompakt.build.quantize import quantizer_of
 from kompakt.graph.trace import Capture, attribute
 from kompakt.numerics.grid import quantize
 from kompakt.spec import PerChannel, PerGroup
+
+
+INDICES = "_indices"
+"""Ends the names of stored indices into codebooks."""
 
 
 @torch.library.custom_op("kompakt::quantize", mutates_args=())
@@ -33,6 +37,24 @@ def dequantize_op(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Te
         shape[axis] = -1
         scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
     return (q.to(torch.int32) - zero_point.to(torch.int32)).to(torch.float32) * scale
+
+
+@torch.library.custom_op("kompakt::lookup", mutates_args=())
+def lookup_op(indices: Tensor, values: Tensor) -> Tensor:
+    """Return ``values[indices]``: indices of any shape, values (k,)."""
+    return values[indices.to(torch.int64)]
+
+
+@torch.library.custom_op("kompakt::lookup_rows", mutates_args=())
+def lookup_rows_op(indices: Tensor, values: Tensor) -> Tensor:
+    """Return each row's values at its indices: (G, n) and (G, k) → (G, n)."""
+    return values.gather(1, indices.to(torch.int64))
+
+
+@lookup_op.register_fake
+@lookup_rows_op.register_fake
+def _(indices: Tensor, values: Tensor) -> Tensor:
+    return values.new_empty(indices.shape)
 
 
 @torch.library.custom_op("kompakt::dynamic_linear", mutates_args=())
@@ -90,6 +112,8 @@ def to_integers(capture: Capture) -> fx.GraphModule:
         if isinstance(made, BiasQuantizer):
             bias = attribute(module, str(node.args[0].target))
             _store(module, node, made.integers(bias), made.scale, torch.zeros_like(made.scale, dtype=torch.int32), 0)
+        elif isinstance(made, Codebook):
+            _store_codebook(module, node, made)
         elif isinstance(made, Quantizer) and _reads_attribute(node):
             _store_weight(module, node, made)
         elif isinstance(made, Quantizer) and not made.spec.dynamic:
@@ -131,6 +155,24 @@ def _store_weight(module: fx.GraphModule, node: fx.Node, made: Quantizer) -> Non
     kind = torch.int8 if made.spec.signed else torch.uint8
     integers = quantize(weight, made.scale, made.zero_point, made.spec).to(kind)
     _store(module, node, integers, made.scale, made.zero_point.to(kind), axis)
+
+
+def _store_codebook(module: fx.GraphModule, node: fx.Node, made: Codebook) -> None:
+    """Replace a shared weight by its indices and a lookup in its values."""
+    name = str(node.args[0].target)
+    books = len(made.values)
+    with module.graph.inserting_before(node):
+        if books == 1:
+            reads = [_buffer(module, name + INDICES, made.indices), _buffer(module, name + "_values", made.values[0])]
+            value = module.graph.call_function(torch.ops.kompakt.lookup.default, tuple(reads))
+        else:
+            rows = made.indices.reshape(books, -1)
+            reads = [_buffer(module, name + INDICES, rows), _buffer(module, name + "_values", made.values)]
+            found = module.graph.call_function(torch.ops.kompakt.lookup_rows.default, tuple(reads))
+            shape = list(made.indices.shape)
+            value = module.graph.call_function(torch.ops.aten.reshape.default, (found, shape))
+    node.replace_all_uses_with(value)
+    module.graph.erase_node(node)
 
 
 def _store(

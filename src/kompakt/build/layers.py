@@ -1,9 +1,20 @@
 """The modules that stand on the edges of a quantized graph."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
-from kompakt.numerics.grid import affine_params, fake_quantize, ste_quantize
+from kompakt.numerics.binary import binary_weight, ternary_weight
+from kompakt.numerics.codebook import gather
+from kompakt.numerics.grid import (
+    SMALLEST_SCALE,
+    affine_params,
+    fake_quantize,
+    lsq_grad_scale,
+    lsq_quantize,
+    ste_quantize,
+)
 from kompakt.spec import QuantSpec
 
 
@@ -11,11 +22,13 @@ class Quantizer(nn.Module):
     """Round a tensor to the grid of ``spec`` and back.
 
     ``scale`` and ``zero_point`` are buffers of the shape that the granularity asks. A dynamic quantizer
-    takes its range from each input. In training mode the gradient passes straight through.
+    takes its range from each input. In training mode the gradient passes straight through; after ``learn``
+    it reaches scale and zero point too.
     """
 
     scale: Tensor
     zero_point: Tensor
+    grad_scale: float | None = None
 
     def __init__(self, spec: QuantSpec, scale: Tensor | None = None, zero_point: Tensor | None = None) -> None:
         super().__init__()
@@ -26,16 +39,77 @@ class Quantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x`` on the grid."""
         scale, zero_point = self.parameters_for(x)
+        if self.training and self.grad_scale is not None:
+            return lsq_quantize(x, scale, zero_point, self.spec, self.grad_scale)
         if self.training and x.requires_grad:
             return ste_quantize(x, scale, zero_point, self.spec)
         return fake_quantize(x, scale, zero_point, self.spec)
 
     def parameters_for(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the scale and zero point to use for ``x``."""
+        if self.grad_scale is not None:
+            return self.scale.clamp_min(SMALLEST_SCALE), self.zero_point
         if not self.spec.dynamic:
             return self.scale, self.zero_point
         low, high = x.detach().aminmax()
         return affine_params(low, high, self.spec)
+
+    def learn(self, values: int) -> None:
+        """Make the scale, and the zero point of affine integers, parameters (LSQ, LSQ+).
+
+        Args:
+            values: how many numbers share a scale.
+        """
+        self.grad_scale = lsq_grad_scale(values, self.spec)
+        scale, zero_point = self.scale, self.zero_point.float()
+        del self.scale
+        self.scale = nn.Parameter(scale.clone())
+        if not self.spec.symmetric:
+            del self.zero_point
+            self.zero_point = nn.Parameter(zero_point)
+
+    def settled(self) -> tuple[Tensor, Tensor]:
+        """Return the scale and the zero point as they ship: constants, the zero point an integer of the grid."""
+        zero_point = self.zero_point.detach().round().clamp(self.spec.qmin, self.spec.qmax)
+        scale = self.scale.detach().clamp_min(SMALLEST_SCALE)
+        return scale.clone(), zero_point.to(torch.int32)
+
+
+class Signs(nn.Module):
+    """Train a weight that ships as signs and a scale: ``binary`` (XNOR-Net) or ``ternary`` (TWN), a channel each."""
+
+    def __init__(self, form: Literal["binary", "ternary"]) -> None:
+        super().__init__()
+        self.form = form
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return ±scale, or 0 and ±scale, with a straight-through gradient."""
+        return binary_weight(weight) if self.form == "binary" else ternary_weight(weight)
+
+
+class Codebook(nn.Module):
+    """Stand for a weight by its indices into shared values; the gradient of a value is the sum of its weights'.
+
+    Args:
+        indices: uint8, the shape of the weight.
+        values: (G, k), one row for each of G runs of outputs.
+    """
+
+    indices: Tensor
+
+    def __init__(self, indices: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("indices", indices)
+        self.values = nn.Parameter(values, requires_grad=False)
+
+    @property
+    def bits(self) -> int:
+        """Bits of an index."""
+        return max(1, (self.values.shape[1] - 1).bit_length())
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the shared values; ``weight``, which they replaced, is not looked at."""
+        return gather(self.indices, self.values)
 
 
 class BiasQuantizer(nn.Module):

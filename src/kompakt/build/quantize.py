@@ -1,30 +1,33 @@
-"""Carry out a plan's ``Quantize`` entries: put quantizers on the edges of a captured graph."""
+"""Carry out a plan's ``Quantize`` and ``Share`` entries: put quantizers and codebooks on a captured graph's edges."""
 
 import copy
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, fx, nn
 
-from kompakt.build.layers import BiasQuantizer, Quantizer
+from kompakt.build.layers import BiasQuantizer, Codebook, Quantizer
 from kompakt.errors import KompaktError, PlanError
 from kompakt.graph.calibrate import Stats
 from kompakt.graph.graph import LAYER_KINDS
 from kompakt.graph.trace import Capture, attribute, kind_of
+from kompakt.numerics.codebook import share
 from kompakt.numerics.grid import affine_params, saturation_scale, scale_for_bias
 from kompakt.numerics.ranges import ESTIMATORS, weight_range
-from kompakt.plan.plan import Plan, Quantize
+from kompakt.plan.plan import Plan, Quantize, Share
 from kompakt.spec import PerGroup
 
 FOLDER = "quantizers"
 
 
-def quantize(capture: Capture, plan: Plan, stats: Stats) -> Capture:
-    """Return a capture that computes with the integers of ``plan``; its tensors are copies.
+def quantize(capture: Capture, plan: Plan, stats: Stats, seed: int = 0) -> Capture:
+    """Return a capture that computes with the integers and codebooks of ``plan``; its tensors are copies.
 
     Args:
-        capture: a folded capture.
-        plan: its ``Quantize`` entries are applied, others are not looked at.
+        capture: a folded capture, or one whose batch norms are modules (``kompakt.build.aware``).
+        plan: its ``Quantize`` and ``Share`` entries are applied, others are not looked at.
         stats: the ranges of the activations that the plan quantizes.
+        seed: of codebooks that start at random.
 
     Raises:
         PlanError: the plan names a tensor or op that the model has not, or that was not calibrated.
@@ -38,11 +41,13 @@ def quantize(capture: Capture, plan: Plan, stats: Stats) -> Capture:
     for entry in _sources_first(entries):
         if entry.role == "activation":
             made[entry.tensor] = made[entry.like] if entry.like else _activation_quantizer(entry, stats)
-            _insert_after(module, [nodes[entry.tensor]], entry.like or entry.tensor, made[entry.tensor])
+            _insert_after(module, [_normed(module, nodes[entry.tensor])], entry.like or entry.tensor, made[entry.tensor])
     for entry in entries:
         if entry.role == "weight":
-            readers = [node for node in module.graph.nodes if node.op == "get_attr" and node.target == entry.tensor]
-            _insert_after(module, readers, entry.tensor, _weight_quantizer(entry, attribute(module, entry.tensor)))
+            weight = attribute(module, entry.tensor)
+            _insert_after(module, _readers(module, entry.tensor), entry.tensor, _weight_quantizer(entry, weight))
+    for shared in plan.of(Share):
+        _share(module, shared, seed)
     _quantize_biases(module)
     module.graph.lint()
     module.recompile()
@@ -55,8 +60,39 @@ def quantizers(module: fx.GraphModule) -> dict[str, Quantizer]:
     for node in module.graph.nodes:
         if node.op == "call_module" and isinstance(module.get_submodule(node.target), Quantizer):
             source = node.args[0]
+            source = source.args[0] if _is_norm(module, source) else source
             found[source.target if source.op == "get_attr" else source.name] = module.get_submodule(node.target)
     return found
+
+
+def _readers(module: fx.GraphModule, tensor: str) -> list[fx.Node]:
+    return [node for node in module.graph.nodes if node.op == "get_attr" and node.target == tensor]
+
+
+def _share(module: fx.GraphModule, entry: Share, seed: int) -> None:
+    """Put a codebook in the place of a weight."""
+    readers = _readers(module, entry.tensor)
+    if not readers:
+        raise PlanError(f"{entry.tensor}: the model has no such tensor; was the plan made for another model?")
+    if quantizer_of(module, next(iter(readers[0].users))) is not None:
+        raise PlanError(f"{entry.tensor}: is quantized and shared; keep one of the two entries")
+    generator = torch.Generator().manual_seed(seed)
+    weight = attribute(module, entry.tensor).detach()
+    try:
+        made = Codebook(*share(weight, entry.bits, entry.granularity, entry.start, generator=generator))
+    except KompaktError as error:
+        raise type(error)(f"{entry.tensor}: {error}") from None
+    _insert_after(module, readers, entry.tensor, made)
+
+
+def _normed(module: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """The batch norm, as a module, that follows a layer and will be folded into it, or the node itself."""
+    follower = next(iter(node.users)) if len(node.users) == 1 else node
+    return follower if _is_norm(module, follower) else node
+
+
+def _is_norm(module: fx.GraphModule, node: fx.Node) -> bool:
+    return node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), nn.BatchNorm2d)
 
 
 def _check(capture: Capture, entries: tuple[Quantize, ...], stats: Stats) -> None:
@@ -111,7 +147,7 @@ def _weight_quantizer(entry: Quantize, weight: Tensor) -> Quantizer:
         raise type(error)(f"{entry.tensor}: {error}") from None
 
 
-def _insert_after(module: fx.GraphModule, nodes: Iterable[fx.Node], name: str, quantizer: Quantizer) -> None:
+def _insert_after(module: fx.GraphModule, nodes: Iterable[fx.Node], name: str, quantizer: nn.Module) -> None:
     """Let all users of ``nodes`` read the quantized value instead."""
     key = name.replace(".", "_")
     folder = module.get_submodule(FOLDER)
@@ -156,3 +192,14 @@ def quantizer_of(module: fx.GraphModule, node: object) -> Quantizer | None:
         found = module.get_submodule(str(node.target))
         return found if isinstance(found, Quantizer) else None
     return None
+
+
+def codebooks(module: fx.GraphModule) -> dict[str, Codebook]:
+    """Return the codebooks of a graph by the name of the weight that each replaces."""
+    calls = [node for node in module.graph.nodes if node.op == "call_module"]
+    found = {str(node.args[0].target): module.get_submodule(str(node.target)) for node in calls if _on_weight(node)}
+    return {name: made for name, made in found.items() if isinstance(made, Codebook)}
+
+
+def _on_weight(node: fx.Node) -> bool:
+    return bool(node.args) and isinstance(node.args[0], fx.Node) and node.args[0].op == "get_attr"

@@ -19,11 +19,9 @@ def fold(capture: Capture) -> Capture:
     """
     module = copy.deepcopy(capture.module)
     module.requires_grad_(False)
-    _remove_identities(module)
-    uses = _uses(module)
-    for node in list(module.graph.nodes):
-        if kind_of(node) == "batch_norm":
-            _fold_batch_norm(module, node, uses)
+    remove_identities(module)
+    for node in foldable_norms(module):
+        _fold_batch_norm(module, node)
     module.graph.eliminate_dead_code()
     module.delete_all_unused_submodules()
     module.recompile()
@@ -55,7 +53,7 @@ def folded_batch_norm(
     return (weight.double() * factor.reshape(shape)).to(weight.dtype), new_bias.to(weight.dtype)
 
 
-def _remove_identities(module: fx.GraphModule) -> None:
+def remove_identities(module: fx.GraphModule) -> None:
     """Take out the ops that do nothing at inference."""
     for node in list(module.graph.nodes):
         if node.op == "call_function" and kind_of(node) in _IDENTITIES:
@@ -73,17 +71,27 @@ def _uses(module: fx.GraphModule) -> dict[int, int]:
     return found
 
 
-def _fold_batch_norm(module: fx.GraphModule, norm: fx.Node, uses: dict[int, int]) -> None:
-    """Fold one batch norm if its input is a layer that nothing else reads."""
+def foldable_norms(module: fx.GraphModule) -> list[fx.Node]:
+    """List the batch norms whose input is a layer that nothing else reads, with a weight of its own."""
+    uses = _uses(module)
+    return [node for node in module.graph.nodes if kind_of(node) == "batch_norm" and _folds(module, node, uses)]
+
+
+def _folds(module: fx.GraphModule, norm: fx.Node, uses: dict[int, int]) -> bool:
     layer = norm.args[0]
     if not isinstance(layer, fx.Node) or kind_of(layer) not in _FOLDS_INTO or len(layer.users) != 1:
-        return
+        return False
     weight_node = layer.args[1]
-    if weight_node.op != "get_attr":
-        return
+    if weight_node.op != "get_attr" or norm.args[3] is None or norm.args[5]:
+        return False
+    return uses[id(attribute(module, str(weight_node.target)))] == 1
+
+
+def _fold_batch_norm(module: fx.GraphModule, norm: fx.Node) -> None:
+    """Fold one batch norm into the layer before it."""
+    layer = norm.args[0]
+    weight_node = layer.args[1]
     weight = attribute(module, str(weight_node.target))
-    if uses[id(weight)] != 1 or norm.args[3] is None or norm.args[5]:
-        return
     bias_node = layer.args[2] if len(layer.args) > 2 else None
     bias = attribute(module, str(bias_node.target)) if bias_node is not None else None
     values = tuple(None if item is None else attribute(module, str(item.target)) for item in norm.args[1:5])

@@ -198,31 +198,50 @@ def lsq_grad_scale(values: int, spec: QuantSpec) -> float:
 
 
 class _LearnedStep(torch.autograd.Function):
-    """The forward and backward of ``lsq_quantize``, for a scale and offset that broadcast against ``x``."""
+    """The forward and backward of ``lsq_quantize``, for a scale and offset that broadcast against ``x``.
+
+    With ``q`` the clamped integers, ``d out / d scale`` is ``q - v`` inside and ``q`` outside, so that its sum with the
+    gradient is ``(Σ grad · out - Σ inside · grad · x) / scale``: three passes over the tensor instead of ten.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, offset: Tensor, spec: QuantSpec, grad_scale: float) -> Tensor:
         zero_point = offset.round().clamp_(spec.qmin, spec.qmax)
-        ctx.save_for_backward(x, scale, zero_point)
-        ctx.spec, ctx.grad_scale = spec, grad_scale
-        return (x / scale).round_().add_(zero_point).clamp_(spec.qmin, spec.qmax).sub_(zero_point).mul_(scale)
+        low, high = spec.qmin - zero_point, spec.qmax - zero_point
+        ends = (float(low), float(high)) if zero_point.ndim == 0 else (low, high)
+        out = (x / scale).clamp_(*ends).round_().mul_(scale)  # type: ignore[arg-type]
+        ctx.save_for_backward(x, out, scale, low, high)
+        ctx.grad_scale = grad_scale
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        x, scale, zero_point = ctx.saved_tensors
-        low, high = ctx.spec.qmin - zero_point, ctx.spec.qmax - zero_point
-        value = x / scale
-        inside = (value >= low) & (value <= high)
+        x, out, scale, low, high = ctx.saved_tensors
+        inside = _inside(grad, x, scale, low, high)
         for_scale, for_offset = None, None
         if ctx.needs_input_grad[1]:
-            ends = torch.where(value < low, low, high)
-            slope = torch.where(inside, value.round() - value, ends)
-            for_scale = (grad * slope).sum_to_size(scale.shape) * ctx.grad_scale
+            for_scale = (_summed(grad, out, scale) - _summed(inside, x, scale)) / scale * ctx.grad_scale
         if ctx.needs_input_grad[2]:
-            outside = torch.where(inside, 0.0, grad * -scale)
-            for_offset = outside.sum_to_size(zero_point.shape) * ctx.grad_scale
-        return grad * inside, for_scale, for_offset, None, None
+            for_offset = (inside - grad).sum_to_size(low.shape) * scale.sum_to_size(low.shape) * ctx.grad_scale
+        return inside, for_scale, for_offset, None, None
+
+
+def _inside(grad: Tensor, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The gradient where ``low ≤ x / scale ≤ high``, else 0."""
+    if scale.ndim == 0 and low.ndim == 0:
+        # The operator leaves the ends out.
+        ends = float((low - 1e-6) * scale), float((high + 1e-6) * scale)
+        return torch.ops.aten.hardtanh_backward(grad, x, *ends)
+    value = x / scale
+    return grad * ((value >= low) & (value <= high))
+
+
+def _summed(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
+    """Sum a product over all that shares one value of ``like``."""
+    if like.ndim == 0 and a.ndim == 4 and a.is_contiguous(memory_format=torch.channels_last):
+        a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
+    return torch.dot(a.flatten(), b.flatten()) if like.ndim == 0 else (a * b).sum_to_size(like.shape)
 
 
 def worst_pair(q: Tensor, axis: int = 0) -> tuple[Tensor, Tensor]:

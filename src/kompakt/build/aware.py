@@ -1,0 +1,223 @@
+"""Quantization-aware training: the form of a model that is trained, and the way from it to the form that ships.
+
+The trained form is the captured graph with its quantizers, their steps learned (LSQ, LSQ+), its batch norms kept as
+modules that go on estimating; ``kompakt.build.train`` trains it like any module. What ships is what was trained:
+weights are put on their grids, batch norms folded into the scales of the channels, and the plan applied again.
+"""
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from kompakt.build.layers import Codebook, Quantizer, Signs
+from kompakt.build.quantize import codebooks, quantize, quantizers
+from kompakt.errors import InputError
+from kompakt.graph.calibrate import Stats
+from kompakt.graph.fold import fold, foldable_norms, remove_identities, set_parameter
+from kompakt.graph.graph import Graph
+from kompakt.graph.trace import Capture, attribute
+from kompakt.numerics.binary import binarize, expand, ternarize
+from kompakt.numerics.grid import dequantize, saturation_scale
+from kompakt.numerics.grid import quantize as to_integers
+from kompakt.plan.plan import Plan, Quantize, Share
+from kompakt.spec import PerChannel, QuantSpec
+
+Form = Literal["steps", "binary", "ternary"]
+NORMS = "norms"
+SIGNS = QuantSpec(bits=2, narrow=True, granularity=PerChannel())
+"""How signs ship: −1, 0 and 1 with a scale for each channel."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Aware:
+    """A model in training.
+
+    Args:
+        module: what is trained, called with a batch.
+        source: the capture, batch norms unfolded where they are trained.
+        plan: what the quantizers carry out.
+    """
+
+    module: fx.GraphModule
+    source: Capture
+    plan: Plan
+
+
+def with_signs(plan: Plan, form: Form) -> Plan:
+    """Return the plan with every weight of one or two bits as signs, which ``form`` trains."""
+    if form == "steps":
+        one = next((e.tensor for e in plan.of(Quantize) if e.role == "weight" and e.spec.bits == 1), None)
+        if one is not None:
+            raise InputError(f"{one}: one bit has no step to learn; train weights as binary")
+        return plan
+    entries = (replace(entry, spec=SIGNS) if _few(entry) else entry for entry in plan.entries)
+    return Plan(entries=tuple(entries))
+
+
+def _few(entry: object) -> bool:
+    return isinstance(entry, Quantize) and entry.role == "weight" and entry.spec.bits <= SIGNS.bits
+
+
+def aware(capture: Capture, plan: Plan, stats: Stats, form: Form = "steps", seed: int = 0) -> Aware:
+    """Return the form of a model that is trained under a plan.
+
+    Esser et al. 2020 (LSQ), arXiv 1902.08153; Bhalgat et al. 2020 (LSQ+), arXiv 2004.09576; signs: Rastegari et
+    al. 2016 (XNOR-Net), arXiv 1603.05279, Li et al. 2016 (TWN), arXiv 1605.04711; values of codebooks move by
+    their weights' summed gradients: Han et al. 2016 (Deep Compression), arXiv 1510.00149.
+
+    Args:
+        capture: of the float model, batch norms not folded; it is left as it was.
+        plan: made for the folded capture.
+        stats: of the folded capture.
+        form: ``steps`` learns the step of every grid; ``binary`` and ``ternary`` train weights of one or two bits
+            as signs (see ``with_signs``).
+        seed: of codebooks that start at random.
+    """
+    folded = fold(capture)
+    # A codebook of the folded weight must stay one: a norm folded afterwards would give every channel its own.
+    source = folded if plan.of(Share) else capture
+    facing = Capture(module=_with_norms(source), graph=folded.graph, example=capture.example)
+    made = quantize(facing, plan, stats, seed).module
+    made.requires_grad_(True)
+    _learn(made, folded.graph, plan, form)
+    return Aware(module=made, source=source, plan=plan)
+
+
+def _with_norms(capture: Capture) -> fx.GraphModule:
+    """Copy a graph, its foldable batch norms as modules that train and estimate."""
+    module = copy.deepcopy(capture.module)
+    remove_identities(module)
+    module.add_module(NORMS, nn.ModuleDict())
+    folder = module.get_submodule(NORMS)
+    assert isinstance(folder, nn.ModuleDict)
+    for node in foldable_norms(module):
+        folder[node.name] = _norm(module, node)
+        with module.graph.inserting_before(node):
+            called = module.graph.call_module(f"{NORMS}.{node.name}", (node.args[0],))
+        called.meta = dict(node.meta)
+        node.replace_all_uses_with(called)
+        module.graph.erase_node(node)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return module
+
+
+def _norm(module: fx.GraphModule, node: fx.Node) -> nn.Module:
+    gamma, beta, mean, variance = (attribute(module, str(item.target)) for item in node.args[1:5])
+    made = nn.BatchNorm2d(len(mean), eps=float(node.args[7]))
+    made.weight, made.bias = nn.Parameter(gamma.detach().clone()), nn.Parameter(beta.detach().clone())
+    made.running_mean, made.running_var = mean.detach().clone(), variance.detach().clone()
+    return made.eval()
+
+
+def _learn(module: fx.GraphModule, graph: Graph, plan: Plan, form: Form) -> None:
+    """Make parameters of the steps, and put signs in the place of grids of few bits where they are trained."""
+    found = quantizers(module)
+    for entry in plan.of(Quantize):
+        made = found[entry.tensor]
+        if entry.role == "weight" and form != "steps" and _few(entry):
+            _swap(module, made, Signs(form))
+        elif made.grad_scale is None and not entry.spec.dynamic:
+            made.learn(_sharing(graph, entry))
+    for book in codebooks(module).values():
+        book.values.requires_grad_(True)
+
+
+def _sharing(graph: Graph, entry: Quantize) -> int:
+    """How many numbers of one example share a step."""
+    if entry.role == "activation":
+        return max(1, torch.Size(graph.by_name[entry.tensor].shape[1:]).numel())
+    tensor = graph.tensor[entry.tensor]
+    return tensor.numel // (tensor.shape[0] if isinstance(entry.spec.granularity, PerChannel) else 1)
+
+
+def _swap(module: fx.GraphModule, before: nn.Module, after: nn.Module) -> None:
+    name = next(name for name, each in module.named_modules() if each is before)
+    owner, _, leaf = name.rpartition(".")
+    module.get_submodule(owner).register_module(leaf, after)
+
+
+def shipped(trained: Aware, stats: Stats) -> tuple[Capture, Capture]:
+    """Return what was trained as ``quantize`` makes it, ready for export, and the float capture below it.
+
+    Weights lie on the very grids that were trained; a batch norm's ``γ/√(σ² + ε)`` joins the scale of its channel.
+
+    Args:
+        trained: after training.
+        stats: those of ``aware``.
+    """
+    module, learned = copy.deepcopy(trained.source.module), quantizers(trained.module)
+    _copy_back(trained.module, module)
+    factors = _factors(module)
+    scales: dict[str, Tensor] = {}
+    for entry in trained.plan.of(Quantize):
+        if entry.role == "weight":
+            weight = attribute(module, entry.tensor).detach()
+            value, scale = _on_grid(weight, entry.spec, learned.get(entry.tensor), _form_of(trained.module, entry))
+            set_parameter(module, entry.tensor, value)
+            scales[entry.tensor] = scale * factors.get(entry.tensor, torch.ones(())).abs()
+    module.recompile()
+    source = trained.source
+    capture = fold(Capture(module=module, graph=source.graph, example=source.example))
+    made = quantize(capture, trained.plan, stats)
+    _settle(made.module, learned, scales, trained)
+    return made, capture
+
+
+def _form_of(module: fx.GraphModule, entry: Quantize) -> Form:
+    for node in module.graph.nodes:
+        if node.op == "call_module" and node.args and getattr(node.args[0], "target", None) == entry.tensor:
+            found = module.get_submodule(str(node.target))
+            return found.form if isinstance(found, Signs) else "steps"
+    return "steps"
+
+
+def _on_grid(weight: Tensor, spec: QuantSpec, made: Quantizer | None, form: Form) -> tuple[Tensor, Tensor]:
+    """Return a trained weight as it computes, and the scales of its integers."""
+    if form != "steps" or made is None:
+        signs, scale = binarize(weight) if form == "binary" else ternarize(weight)
+        return expand(signs, scale), scale
+    scale, zero_point = made.settled()
+    if spec.saturation_free:
+        scale = saturation_scale(weight, spec, scale)
+    return dequantize(to_integers(weight, scale, zero_point, spec), scale, zero_point, spec), scale
+
+
+def _copy_back(trained: fx.GraphModule, module: fx.GraphModule) -> None:
+    """Copy the trained tensors into the captured graph, those of norms from their modules."""
+    for name, value in trained.named_parameters():
+        if not name.startswith(("quantizers.", f"{NORMS}.")):
+            set_parameter(module, name, value.detach().clone())
+    for node in foldable_norms(module):
+        norm = trained.get_submodule(f"{NORMS}.{node.name}")
+        for item, leaf in zip(node.args[1:5], ("weight", "bias", "running_mean", "running_var"), strict=True):
+            attribute(module, str(item.target)).data.copy_(getattr(norm, leaf).detach())
+
+
+def _factors(module: fx.GraphModule) -> dict[str, Tensor]:
+    """What folding multiplies each channel of a weight by: ``γ/√(σ² + ε)``, by the weight's name."""
+    found = {}
+    for node in foldable_norms(module):
+        gamma, variance = (attribute(module, str(node.args[i].target)).detach().double() for i in (1, 4))
+        factor = gamma * torch.rsqrt(variance + float(node.args[7]))
+        found[str(node.args[0].args[1].target)] = factor.float()
+    return found
+
+
+def _settle(module: fx.GraphModule, learned: dict[str, Quantizer], scales: dict[str, Tensor], trained: Aware) -> None:
+    """Give the quantizers that ship the trained steps, and the codebooks the trained values."""
+    for name, made in quantizers(module).items():
+        if name in scales:
+            # A channel without weights had its scale raised, so that its bias fits an int32.
+            empty = attribute(module, name).detach().flatten(1).abs().amax(1) == 0
+            made.scale = torch.where(empty, made.scale, scales[name].clamp_min(torch.finfo(torch.float32).tiny))
+        elif not made.spec.dynamic:
+            made.scale, made.zero_point = learned[name].settled()
+    theirs: dict[str, Codebook] = codebooks(trained.module)
+    for name, book in codebooks(module).items():
+        book.indices = theirs[name].indices.clone()
+        book.values = nn.Parameter(theirs[name].values.detach().clone(), requires_grad=False)
+
