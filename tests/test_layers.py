@@ -30,7 +30,19 @@ ORDER = (
     },
     {"methods", "artifact"},
     {"measure"},
-    {"allotment", "job", "refinement", "slim", "finish", "search", "ship", "federated", "report"},
+    {
+        "allotment",
+        "awareness",
+        "bits",
+        "federated",
+        "finish",
+        "job",
+        "refinement",
+        "report",
+        "search",
+        "ship",
+        "slim",
+    },
     {"cli"},
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

@@ -12,6 +12,7 @@ from kompakt.cache import cache_folder
 from kompakt.data import Data
 from kompakt.measure.accuracy import Metric
 from kompakt.measure.judge import Judge
+from kompakt.plan.plan import Plan
 from kompakt.plan.recipe import Recipe
 
 
@@ -27,6 +28,7 @@ class Job:
         target: the runtime.
         out: the folder that gets the artifact and its papers; it must exist.
         recipe: what is asked.
+        plan: decisions made before, carried out instead of the recipe's; None lets the recipe decide.
         metric: outputs and labels → one value an example; None is top-1.
         threads: of the runtime.
         seconds: for timing, at the most.
@@ -43,6 +45,7 @@ class Job:
     target: Target
     out: Path
     recipe: Recipe = field(default_factory=Recipe)
+    plan: Plan | None = None
     metric: Metric | None = None
     threads: int = 1
     seconds: float = 20.0

@@ -1,6 +1,7 @@
 """What a recipe's ``[quantize]`` section asks beyond rounding to nearest, and carrying it out on a job's data."""
 
 from kompakt.build.equalize import equalized, with_biases
+from kompakt.build.quantize import codebooks, quantizers
 from kompakt.build.refine import Refinement, Rounding, refined
 from kompakt.build.stream import fitting
 from kompakt.graph.trace import Capture
@@ -9,7 +10,7 @@ from kompakt.plan.plan import Plan
 from kompakt.plan.recipe import QuantizeSection
 
 BATCH = 32
-FEW_BITS = 4
+FEW_BITS, BYTE = 4, 8
 """At so many bits of the weights or fewer, rounding to nearest costs points: they are retargeted unless said."""
 
 
@@ -17,7 +18,9 @@ def rounding(section: QuantizeSection) -> Rounding:
     """Return how weights are rounded: as said, else by retargeting at 4 bits or fewer and to nearest above."""
     if section.rounding is not None:
         return section.rounding
-    return "retarget" if section.weight_bits is not None and section.weight_bits <= FEW_BITS else "nearest"
+    few = [bits for bits in (section.weight_bits, section.average_bits) if bits is not None]
+    low = section.codebook is None and (section.mixed or any(bits <= FEW_BITS for bits in few))
+    return "retarget" if low else "nearest"
 
 
 def prepared(section: QuantizeSection, capture: Capture) -> Capture:
@@ -38,16 +41,32 @@ def refine(job: Job, section: QuantizeSection, original: Capture, quantized: Cap
     return refined(original, quantized, plan, (inputs for inputs, _ in part.batches(BATCH)), how)
 
 
-def notes(section: QuantizeSection, suffix: str) -> tuple[str, ...]:
+def notes(section: QuantizeSection, made: Capture, suffix: str) -> tuple[str, ...]:
     """Say what was done beyond rounding to nearest, and what few bits are good for in a file of ``suffix``."""
     how = Refinement(rounding=rounding(section), bias_correction=section.bias_correction)
     said = ["weights equalized across layers"] if section.equalize else []
     if how.rounding != "nearest" or how.bias_correction:
         said.append(_named(how))
-    few = section.weight_bits is not None and section.weight_bits < 8 and section.group_size is None
-    if few and suffix == ".onnx":
-        said.append(f"{section.weight_bits}-bit weights are stored in int8 in ONNX: smaller as .kpk, no faster")
+    if suffix == ".onnx":
+        said += _storage(section, made)
     return tuple(said)
+
+
+def _storage(section: QuantizeSection, made: Capture) -> list[str]:
+    """Say where few bits are storage only: ONNX Runtime multiplies bytes on a CPU, nothing narrower."""
+    said, found = [], quantizers(made.module)
+    weights = sorted({each.spec.bits for name, each in found.items() if name in made.graph.tensor})
+    if codebooks(made.module):
+        said.append("codebooks are storage only: the runtime looks the values up and multiplies floats, no faster")
+    few = [str(bits) for bits in weights if bits < BYTE]
+    if few and section.group_size is None:
+        how = "two to a byte where they have 4 or fewer: layers of such weights run in float" if section.packed else ""
+        text = f"{'-, '.join(few)}-bit weights are storage only: in ONNX they stand in int8, smaller as .kpk, no faster"
+        said.append(f"{'-, '.join(few)}-bit weights are storage only, {how}" if how else text)
+    inputs = sorted({each.spec.bits for name, each in found.items() if name not in made.graph.tensor})
+    if inputs and inputs[0] < BYTE:
+        said.append(f"activations of {inputs[0]} bits run as 8-bit integers with a clamp: no faster than 8 bits")
+    return said
 
 
 def _named(how: Refinement) -> str:

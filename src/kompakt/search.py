@@ -5,21 +5,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kompakt import __version__
+from kompakt.awareness import trained
+from kompakt.bits import knobs, planned
 from kompakt.build.quantize import quantize
 from kompakt.data import Data, check_classes
 from kompakt.errors import InputError, ModelError
 from kompakt.finish import Chosen, StageFile, finish, points_text
 from kompakt.graph.calibrate import Stats, calibrate
 from kompakt.graph.fold import fold
+from kompakt.graph.graph import Left
 from kompakt.graph.trace import Capture, trace
 from kompakt.job import Job
 from kompakt.measure.accuracy import Score
 from kompakt.measure.result import Drop, Result
 from kompakt.measure.sensitivity import sensitivities
-from kompakt.methods.uniform import Knobs, uniform
 from kompakt.plan.plan import Plan
 from kompakt.plan.recipe import QuantizeSection
 from kompakt.plan.rules import placed
@@ -39,10 +41,13 @@ class Candidate:
     """One plan, carried out and judged on the validation split."""
 
     plan: Plan
+    original: Capture
     capture: Capture
     path: Path
     drop: Drop
     kept: tuple[str, ...] = ()
+    left: tuple[Left, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def compress(job: Job) -> Result:
@@ -109,21 +114,32 @@ def _quantized(job: Job, section: QuantizeSection, capture: Capture, baseline: P
     reference = job.judge.score(baseline, job.data.validation)
     capture = prepared(section, capture)
     stats = _calibrated(job, section, capture)
-    best, decisions = _within_budget(job, section, capture, stats, reference)
+    best, decisions = _within_budget(job, section, capture, stats, reference, found.model)
     final = best.path.replace(job.out / f"model{job.target.suffix}")
     for other in job.out.glob(f"candidate-*{job.target.suffix}"):
         other.unlink()
-    _, left = uniform(capture.graph, job.target.rules, knobs(section))
     return Chosen(
         plan=Plan(entries=(*found.plan.entries, *best.plan.entries)),
-        original=capture,
+        original=best.original,
         capture=best.capture,
         path=final,
-        did="uniform integers, calibrated after training",
+        did=_did(job, section),
         kept=best.kept,
-        decisions=(*notes(section, job.target.suffix), *decisions),
-        left=(*found.left, *left),
+        decisions=(*notes(section, best.capture, job.target.suffix), *decisions),
+        left=(*found.left, *best.left),
     )
+
+
+def _did(job: Job, section: QuantizeSection) -> str:
+    """Say in a few words how the network was quantized."""
+    if job.plan is not None:
+        what = "quantized by the plan given"
+    elif section.codebook is not None:
+        what = f"weights shared in codebooks of {2**section.codebook} values"
+    else:
+        what = "integers of bits chosen by layer" if section.mixed else "uniform integers"
+    epochs = job.recipe.qat.epochs
+    return f"{what}, trained for {epochs} epochs" if epochs else f"{what}, calibrated after training"
 
 
 def _calibrated(job: Job, section: QuantizeSection, capture: Capture) -> Stats:
@@ -133,34 +149,21 @@ def _calibrated(job: Job, section: QuantizeSection, capture: Capture) -> Stats:
     return calibrate(capture, batches, placed(capture.graph, job.target.rules))
 
 
-def knobs(section: QuantizeSection, keep: frozenset[str] = frozenset()) -> Knobs:
-    """Translate a recipe's section into the method's knobs."""
-    return Knobs(
-        weight_bits=section.weight_bits,
-        activation_bits=section.activation_bits,
-        group_size=section.group_size,
-        weight_range=section.weight_range or ("mse" if (section.weight_bits or 8) < 8 else "minmax"),
-        activation_range=section.activation_range,
-        dynamic=section.dynamic,
-        keep=frozenset(section.keep) | keep,
-    )
-
-
 def _within_budget(
-    job: Job, section: QuantizeSection, capture: Capture, stats: Stats, reference: Score
+    job: Job, section: QuantizeSection, capture: Capture, stats: Stats, reference: Score, model: nn.Module
 ) -> tuple[Candidate, tuple[str, ...]]:
     """Return the first candidate that keeps the budget, or the best, and what was decided on the way."""
     limit = job.recipe.budget.max_drop
-    best = _candidate(job, section, capture, stats, reference, ())
-    decisions = [f"all layers in integers: {points_text(best.drop)} on the validation split"]
-    if limit is None or best.drop.points <= limit:
+    best = _candidate(job, section, capture, stats, reference, (), model)
+    decisions = [*best.notes, f"all layers quantized: {points_text(best.drop)} on the validation split"]
+    if limit is None or best.drop.points <= limit or job.plan is not None or job.recipe.qat.epochs:
         return best, tuple(decisions)
     job.say("over budget: measuring the sensitivity of each layer")
     ranked = _ranked(job, section, capture, stats)
     step = max(1, -(-len(ranked) // STEPS_BACK))
     for count in range(step, len(ranked) + step, step):
         kept = tuple(ranked[:count])
-        found = _candidate(job, section, capture, stats, reference, kept)
+        found = _candidate(job, section, capture, stats, reference, kept, model)
         newest = ", ".join(capture.graph.by_name[name].module or name for name in ranked[count - step : count])
         decisions.append(f"{newest} back to float (largest output error): {points_text(found.drop)}")
         best = min(best, found, key=lambda item: item.drop.points)
@@ -179,13 +182,22 @@ def _ranked(job: Job, section: QuantizeSection, capture: Capture, stats: Stats) 
 
 
 def _candidate(
-    job: Job, section: QuantizeSection, capture: Capture, stats: Stats, reference: Score, kept: tuple[str, ...]
+    job: Job,
+    section: QuantizeSection,
+    capture: Capture,
+    stats: Stats,
+    reference: Score,
+    kept: tuple[str, ...],
+    model: nn.Module,
 ) -> Candidate:
-    """Plan, apply, export and judge with some layers kept in float."""
-    plan, _ = uniform(capture.graph, job.target.rules, knobs(section, frozenset(kept)))
-    made = refine(job, section, capture, quantize(capture, plan, stats), plan)
+    """Plan, apply or train, export and judge with some layers kept in float."""
+    plan, left, notes = planned(job, section, capture, stats, frozenset(kept))
+    if job.recipe.qat.epochs:
+        made, capture, plan = trained(job, model, plan, stats)
+    else:
+        made = refine(job, section, capture, quantize(capture, plan, stats, job.seed), plan)
     job.say(f"exporting with {len(kept)} layers in float" if kept else "exporting")
     path = _export(job, made, f"candidate-{len(kept)}")
     job.say("scoring the exported file on the validation split")
     drop = job.judge.drop(reference, job.judge.score(path, job.data.validation))
-    return Candidate(plan=plan, capture=made, path=path, drop=drop, kept=kept)
+    return Candidate(plan=plan, original=capture, capture=made, path=path, drop=drop, kept=kept, left=left, notes=notes)

@@ -28,7 +28,7 @@ from kompakt.methods.channels import Knobs
 from kompakt.methods.scores import Scoring, unit_scores
 from kompakt.methods.sparse import SparseKnobs, masks, sparse
 from kompakt.numerics.saliency import saliency
-from kompakt.plan.plan import Plan
+from kompakt.plan.plan import Plan, Quantize, Share
 from kompakt.plan.recipe import FinetuneSection, PruneSection, SparsifySection
 
 GRADIENT_EXAMPLES = 512
@@ -55,6 +55,8 @@ def slim(job: Job, example: Tensor) -> Slim:
     """
     prune, thin, tune = job.recipe.prune, job.recipe.sparsify, job.recipe.finetune
     found = Slim(model=job.model, plan=Plan(), did="")
+    if job.plan is not None:
+        found = _as_planned(job.model, job.plan, example)
     if prune is not None and prune.rounds > 1:
         return _in_rounds(job, prune, tune, example)
     if prune is not None:
@@ -67,6 +69,14 @@ def slim(job: Job, example: Tensor) -> Slim:
         job.say(f"training for {tune.epochs} epochs")
         found = tuned(found, job.model, job.data, tune, seed=job.seed, progress=job.progress)
     return found
+
+
+def _as_planned(model: nn.Module, plan: Plan, example: Tensor) -> Slim:
+    """Carry out what a plan says of shapes; its integers and codebooks come later."""
+    shapes = plan.without(*plan.of(Quantize), *plan.of(Share))
+    if not shapes.entries:
+        return Slim(model=model, plan=shapes, did="")
+    return Slim(model=apply_prune(model, shapes, example).eval(), plan=shapes, did="channels removed by the plan given")
 
 
 def _in_rounds(job: Job, prune: PruneSection, tune: FinetuneSection, example: Tensor) -> Slim:

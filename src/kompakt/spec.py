@@ -59,6 +59,7 @@ class QuantSpec:
         dynamic: the range is taken from each input at run time; nothing is calibrated.
         saturation_free: no two integers of a channel may add up to more than an int16 holds after each
             is multiplied by an unsigned 8-bit activation (x86 without VNNI sums such pairs in int16).
+        packed: weights of up to 4 bits stand two to a byte in the file; kernels of one byte are lost.
     """
 
     bits: int = 8
@@ -68,6 +69,7 @@ class QuantSpec:
     narrow: bool = False
     dynamic: bool = False
     saturation_free: bool = False
+    packed: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= MAX_BITS:

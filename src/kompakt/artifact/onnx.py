@@ -16,9 +16,10 @@ from onnxscript import opset21 as op
 from torch import nn
 
 from kompakt.artifact.emit import emit
-from kompakt.artifact.nibbles import pack_nibbles
+from kompakt.artifact.nibbles import pack_nibbles, pack_weights
 from kompakt.artifact.pads import absorb_pads
 from kompakt.artifact.qdq import to_integers
+from kompakt.build.quantize import quantizers
 from kompakt.errors import FormatError, ModelError
 from kompakt.files import atomic_path
 from kompakt.graph.trace import Capture, quiet_torch
@@ -53,6 +54,8 @@ def export_onnx(capture: Capture, path: str | Path, *, metadata: Mapping[str, st
     absorb_pads(model)
     _unshare_zero_points(model)
     pack_nibbles(model)
+    if any(made.spec.packed for made in quantizers(capture.module).values()):
+        pack_weights(model)
     for key, value in sorted(metadata.items()):
         model.metadata_props.add(key=key, value=value)
     with atomic_path(path) as temporary:

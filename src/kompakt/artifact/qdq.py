@@ -16,7 +16,6 @@ from kompakt.graph.trace import Capture, attribute
 from kompakt.numerics.grid import quantize
 from kompakt.spec import PerChannel, PerGroup
 
-
 INDICES = "_indices"
 """Ends the names of stored indices into codebooks."""
 

@@ -53,12 +53,12 @@ def with_signs(plan: Plan, form: Form) -> Plan:
         if one is not None:
             raise InputError(f"{one}: one bit has no step to learn; train weights as binary")
         return plan
-    entries = (replace(entry, spec=SIGNS) if _few(entry) else entry for entry in plan.entries)
-    return Plan(entries=tuple(entries))
+    signs = {e: replace(e, spec=SIGNS) for e in plan.of(Quantize) if _few(e)}
+    return Plan(entries=tuple(signs.get(entry, entry) for entry in plan.entries))
 
 
-def _few(entry: object) -> bool:
-    return isinstance(entry, Quantize) and entry.role == "weight" and entry.spec.bits <= SIGNS.bits
+def _few(entry: Quantize) -> bool:
+    return entry.role == "weight" and entry.spec.bits <= SIGNS.bits
 
 
 def aware(capture: Capture, plan: Plan, stats: Stats, form: Form = "steps", seed: int = 0) -> Aware:
@@ -106,11 +106,20 @@ def _with_norms(capture: Capture) -> fx.GraphModule:
 
 
 def _norm(module: fx.GraphModule, node: fx.Node) -> nn.Module:
-    gamma, beta, mean, variance = (attribute(module, str(item.target)) for item in node.args[1:5])
-    made = nn.BatchNorm2d(len(mean), eps=float(node.args[7]))
+    gamma, beta, mean, variance = (attribute(module, name) for name in _names(node))
+    made = nn.BatchNorm2d(len(mean), eps=_epsilon(node))
     made.weight, made.bias = nn.Parameter(gamma.detach().clone()), nn.Parameter(beta.detach().clone())
     made.running_mean, made.running_var = mean.detach().clone(), variance.detach().clone()
     return made.eval()
+
+
+def _names(norm: fx.Node) -> list[str]:
+    """Names of γ, β, mean and variance."""
+    return [str(node.target) for node in norm.all_input_nodes[1:5]]
+
+
+def _epsilon(norm: fx.Node) -> float:
+    return float(str(norm.args[7]))
 
 
 def _learn(module: fx.GraphModule, graph: Graph, plan: Plan, form: Form) -> None:
@@ -193,17 +202,17 @@ def _copy_back(trained: fx.GraphModule, module: fx.GraphModule) -> None:
             set_parameter(module, name, value.detach().clone())
     for node in foldable_norms(module):
         norm = trained.get_submodule(f"{NORMS}.{node.name}")
-        for item, leaf in zip(node.args[1:5], ("weight", "bias", "running_mean", "running_var"), strict=True):
-            attribute(module, str(item.target)).data.copy_(getattr(norm, leaf).detach())
+        for name, leaf in zip(_names(node), ("weight", "bias", "running_mean", "running_var"), strict=True):
+            attribute(module, name).data.copy_(getattr(norm, leaf).detach())
 
 
 def _factors(module: fx.GraphModule) -> dict[str, Tensor]:
     """What folding multiplies each channel of a weight by: ``γ/√(σ² + ε)``, by the weight's name."""
     found = {}
     for node in foldable_norms(module):
-        gamma, variance = (attribute(module, str(node.args[i].target)).detach().double() for i in (1, 4))
-        factor = gamma * torch.rsqrt(variance + float(node.args[7]))
-        found[str(node.args[0].args[1].target)] = factor.float()
+        gamma, _, _, variance = (attribute(module, name).detach().double() for name in _names(node))
+        layer = node.all_input_nodes[0]
+        found[str(layer.all_input_nodes[1].target)] = (gamma * torch.rsqrt(variance + _epsilon(node))).float()
     return found
 
 
@@ -220,4 +229,3 @@ def _settle(module: fx.GraphModule, learned: dict[str, Quantizer], scales: dict[
     for name, book in codebooks(module).items():
         book.indices = theirs[name].indices.clone()
         book.values = nn.Parameter(theirs[name].values.detach().clone(), requires_grad=False)
-

@@ -41,7 +41,9 @@ def quantize(capture: Capture, plan: Plan, stats: Stats, seed: int = 0) -> Captu
     for entry in _sources_first(entries):
         if entry.role == "activation":
             made[entry.tensor] = made[entry.like] if entry.like else _activation_quantizer(entry, stats)
-            _insert_after(module, [_normed(module, nodes[entry.tensor])], entry.like or entry.tensor, made[entry.tensor])
+            _insert_after(
+                module, [_normed(module, nodes[entry.tensor])], entry.like or entry.tensor, made[entry.tensor]
+            )
     for entry in entries:
         if entry.role == "weight":
             weight = attribute(module, entry.tensor)

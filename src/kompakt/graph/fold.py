@@ -89,8 +89,7 @@ def _folds(module: fx.GraphModule, norm: fx.Node, uses: dict[int, int]) -> bool:
 
 def _fold_batch_norm(module: fx.GraphModule, norm: fx.Node) -> None:
     """Fold one batch norm into the layer before it."""
-    layer = norm.args[0]
-    weight_node = layer.args[1]
+    layer, weight_node = norm.all_input_nodes[0], norm.all_input_nodes[0].all_input_nodes[1]
     weight = attribute(module, str(weight_node.target))
     bias_node = layer.args[2] if len(layer.args) > 2 else None
     bias = attribute(module, str(bias_node.target)) if bias_node is not None else None

@@ -1,12 +1,13 @@
 """Choose uniform integers for every layer and activation that the target runs in integers."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from kompakt.errors import InputError
 from kompakt.graph.graph import Graph, Left
 from kompakt.plan.plan import Plan, Quantize
-from kompakt.plan.rules import Rules, integer_layers, is_depthwise, placed
-from kompakt.spec import PerGroup, QuantSpec
+from kompakt.plan.rules import Rules, integer_layers, is_depthwise, placed, range_owner
+from kompakt.spec import MAX_BITS, PerGroup, QuantSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +17,8 @@ class Knobs:
     Args:
         weight_bits, activation_bits: None takes the target's own.
         group_size: one scale for each run of so many weights instead of one a channel.
-        weight_range: ``minmax`` or ``mse``.
+        bits: width by weight or op, before the two above; an op that only moves values has its source's.
+        weight_range: ``minmax`` or ``mse``; None takes ``mse`` below 8 bits.
         activation_range: a key of ``kompakt.numerics.ranges.ESTIMATORS``.
         dynamic: activations of linear layers are quantized by each input's own range; convolutions stay float.
         keep: names of layers (ops) that stay float.
@@ -25,7 +27,8 @@ class Knobs:
     weight_bits: int | None = None
     activation_bits: int | None = None
     group_size: int | None = None
-    weight_range: str = "minmax"
+    bits: Mapping[str, int] = field(default_factory=dict)
+    weight_range: str | None = None
     activation_range: str = "mse"
     dynamic: bool = False
     keep: frozenset[str] = frozenset()
@@ -59,22 +62,25 @@ def uniform(graph: Graph, rules: Rules, knobs: Knobs = Knobs()) -> tuple[Plan, t
 def _weight(graph: Graph, rules: Rules, knobs: Knobs, name: str) -> Quantize:
     op = graph.by_name[name]
     spec = rules.weight_depthwise if is_depthwise(graph, op) else rules.weight
-    spec = _with_bits(spec, knobs.weight_bits)
-    if knobs.group_size is not None:
-        spec = replace(spec, granularity=PerGroup(size=knobs.group_size), saturation_free=False)
     weight = graph.weight(op)
     assert weight is not None
-    return Quantize(tensor=weight.name, role="weight", spec=spec, range=knobs.weight_range)
+    spec = with_bits(spec, knobs.bits.get(weight.name, knobs.weight_bits))
+    if knobs.group_size is not None:
+        spec = replace(spec, granularity=PerGroup(size=knobs.group_size), saturation_free=False)
+    estimator = knobs.weight_range or ("mse" if spec.bits < MAX_BITS else "minmax")
+    return Quantize(tensor=weight.name, role="weight", spec=spec, range=estimator)
 
 
 def _activations(graph: Graph, rules: Rules, knobs: Knobs) -> tuple[Quantize, ...]:
-    spec = _with_bits(rules.activation, knobs.activation_bits)
-    if knobs.dynamic:
-        spec = replace(spec, dynamic=True)
     sites = placed(graph, rules, knobs.keep)
+
+    def spec(name: str) -> QuantSpec:
+        bits = knobs.bits.get(range_owner(sites, name), knobs.activation_bits)
+        return replace(with_bits(rules.activation, bits), dynamic=knobs.dynamic)
+
     estimator = "minmax" if knobs.dynamic else knobs.activation_range
     return tuple(
-        Quantize(tensor=name, role="activation", spec=spec, range=estimator, like=None if knobs.dynamic else like)
+        Quantize(tensor=name, role="activation", spec=spec(name), range=estimator, like=None if knobs.dynamic else like)
         for name, like in sites.items()
         if not (knobs.dynamic and not _feeds_layer(graph, rules, name))
     )
@@ -84,7 +90,8 @@ def _feeds_layer(graph: Graph, rules: Rules, name: str) -> bool:
     return any(user.kind in rules.layers and user.ref("input") == name for user in graph.users[name])
 
 
-def _with_bits(spec: QuantSpec, bits: int | None) -> QuantSpec:
+def with_bits(spec: QuantSpec, bits: int | None) -> QuantSpec:
+    """Return a spec of another width; what only holds at the target's own is left out."""
     if bits is None or bits == spec.bits:
         return spec
     narrow = spec.narrow and bits > 1

@@ -209,7 +209,7 @@ class _LearnedStep(torch.autograd.Function):
         zero_point = offset.round().clamp_(spec.qmin, spec.qmax)
         low, high = spec.qmin - zero_point, spec.qmax - zero_point
         ends = (float(low), float(high)) if zero_point.ndim == 0 else (low, high)
-        out = (x / scale).clamp_(*ends).round_().mul_(scale)  # type: ignore[arg-type]
+        out = (x / scale).clamp_(*ends).round_().mul_(scale)
         ctx.save_for_backward(x, out, scale, low, high)
         ctx.grad_scale = grad_scale
         return out

@@ -2,7 +2,7 @@
 
 import tomllib
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -22,11 +22,25 @@ class QuantizeSection(Section):
     ``bias_correction`` mends the mean of each layer's output, ``rounding`` chooses the integers of the
     weights (``kompakt.build.refine``): where nothing is said, ``retarget`` at 4 bits or fewer, else
     ``nearest``. The range of weights is, where nothing is said, ``mse`` below 8 bits, else ``minmax``.
+    ``codebook`` shares 2^bits values among the weights instead; activations then stay float unless their bits are
+    said. ``average_bits``, ``average_activation_bits``, ``max_bytes`` (of weights) and ``fewer_bops`` choose the bits
+    of every layer among ``widths``. ``keep_ends`` holds the first and the last layer at 8 bits.
     """
 
     weight_bits: int | None = Field(default=None, ge=1, le=8)
     activation_bits: int | None = Field(default=None, ge=1, le=8)
     group_size: int | None = Field(default=None, ge=1)
+    codebook: int | None = Field(default=None, ge=1, le=8)
+    codebook_granularity: Literal["tensor", "channel"] = "tensor"
+    codebook_start: Literal["linear", "density", "random", "exact"] = "exact"
+    average_bits: float | None = Field(default=None, ge=1, le=8)
+    average_activation_bits: float | None = Field(default=None, ge=1, le=8)
+    max_bytes: int | None = Field(default=None, ge=1)
+    fewer_bops: float | None = Field(default=None, gt=1)
+    widths: tuple[Annotated[int, Field(ge=2, le=8)], ...] = (2, 3, 4, 5, 6, 8)
+    sensitivity: Literal["output", "hessian"] = "output"
+    keep_ends: bool = False
+    packed: bool = False
     weight_range: Literal["minmax", "mse"] | None = None
     activation_range: Literal["minmax", "moving", "percentile", "mse", "kl"] = "mse"
     dynamic: bool = False
@@ -35,6 +49,11 @@ class QuantizeSection(Section):
     rounding: Literal["nearest", "gptq", "retarget", "adaround"] | None = None
     calibration_examples: int = Field(default=512, ge=1)
     keep: tuple[str, ...] = ()
+
+    @property
+    def mixed(self) -> bool:
+        """Whether bits are chosen layer by layer."""
+        return any((self.average_bits, self.average_activation_bits, self.max_bytes, self.fewer_bops))
 
 
 class PruneSection(Section):
@@ -91,6 +110,17 @@ class FinetuneSection(Section):
     temperature: float = Field(default=4.0, gt=0)
 
 
+class QatSection(FinetuneSection):
+    """``[qat]``: training of the quantized network, with learned steps, in the one training loop.
+
+    ``weights`` says what is trained where weights have one or two bits: ``steps``, or signs as ``ternary`` or
+    ``binary``. Centroids of a codebook are trained too.
+    """
+
+    learning_rate: float = Field(default=0.01, gt=0)
+    weights: Literal["steps", "ternary", "binary"] = "steps"
+
+
 class BudgetSection(Section):
     """``[budget]``: the largest drop in points against the original model."""
 
@@ -110,6 +140,7 @@ class Recipe(Section):
     sparsify: SparsifySection | None = None
     finetune: FinetuneSection = FinetuneSection()
     quantize: QuantizeSection | None = QuantizeSection()
+    qat: QatSection = QatSection()
     budget: BudgetSection = BudgetSection()
 
     @staticmethod

@@ -1,5 +1,6 @@
 """``Rules``: what a target runs in integers, as data; and where its quantizers stand in a graph."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kompakt.graph.graph import Graph, Op
@@ -97,6 +98,13 @@ def placed(graph: Graph, rules: Rules, keep: frozenset[str] = frozenset()) -> di
         elif op.name in wanted and (op.kind in rules.joins or _pools(graph, rules, op)):
             marked.update((*data_inputs(graph, op), clamped(graph, rules, op).name))
     return _with_sources(graph, marked)
+
+
+def range_owner(sites: Mapping[str, str | None], name: str) -> str:
+    """Return the op whose range ``name`` shares in the end, itself if none; ``sites`` as ``placed`` returns them."""
+    while (source := sites.get(name)) is not None:
+        name = source
+    return name
 
 
 def clamped(graph: Graph, rules: Rules, op: Op) -> Op:

@@ -1,0 +1,60 @@
+"""Quantization-aware training of a job: what its recipe's ``[qat]`` section says, on its training data."""
+
+from torch import nn
+
+from kompakt.augment import crop_and_flip
+from kompakt.build.aware import aware, shipped, with_signs
+from kompakt.build.distill import Objective, Teacher, Term
+from kompakt.build.train import Hooks, TrainSettings, shuffled, train
+from kompakt.errors import InputError
+from kompakt.graph.calibrate import Stats
+from kompakt.graph.trace import Capture, trace
+from kompakt.job import Job
+from kompakt.plan.plan import Plan
+from kompakt.plan.recipe import FinetuneSection
+
+
+def trained(job: Job, model: nn.Module, plan: Plan, stats: Stats) -> tuple[Capture, Capture, Plan]:
+    """Train a network under a plan and return what ships, the float capture below it, and the plan it carries out.
+
+    Args:
+        job: with ``[qat]`` epochs.
+        model: what is quantized, pruned or not; it is left as it was.
+        plan: made for its folded capture.
+        stats: of that capture.
+
+    Raises:
+        InputError: the plan holds ranges that are taken at run time, which cannot be learned.
+    """
+    section = job.recipe.qat
+    if any(entry.spec.dynamic for entry in plan.entries if hasattr(entry, "spec")):
+        raise InputError("quantization-aware training learns ranges; dynamic ones are taken at run time")
+    example = next(iter(job.data.train.batches(2, limit=2)))[0]
+    signed = with_signs(plan, section.weights)
+    made = aware(trace(model, example), signed, stats, section.weights, job.seed)
+    job.say(f"quantization-aware training for {section.epochs} epochs")
+    teachers, objective = taught(job.model, section)
+    loader = shuffled(job.data.train, section.batch_size, seed=job.seed, augment=_augment(section))
+    settings = TrainSettings(
+        epochs=section.epochs,
+        learning_rate=section.learning_rate,
+        warmup_epochs=min(1.0, section.epochs / 4),
+        channels_last=True,
+        seed=job.seed,
+    )
+    hooks = Hooks(progress=job.progress)
+    train(made.module, loader, settings, objective=objective, teachers=teachers, hooks=hooks)
+    ships, below = shipped(made, stats)
+    return ships, below, signed
+
+
+def taught(original: nn.Module, section: FinetuneSection) -> tuple[tuple[Teacher, ...], Objective]:
+    """Return the teachers and the objective that a section asks for."""
+    if section.teacher == "none" or not section.distill:
+        return (), Objective()
+    term = Term(loss="soft_targets", weight=section.distill, knobs={"temperature": section.temperature})
+    return (Teacher(model=original),), Objective(terms=(term,), task_weight=1 - section.distill)
+
+
+def _augment(section: FinetuneSection) -> object:
+    return crop_and_flip if section.augment == "crop_and_flip" else None

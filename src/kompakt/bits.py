@@ -1,0 +1,154 @@
+"""From a recipe's ``[quantize]`` section to a plan: uniform integers, codebooks, or bits chosen layer by layer."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+
+from kompakt.errors import InputError
+from kompakt.graph.calibrate import Stats
+from kompakt.graph.graph import Left
+from kompakt.graph.trace import Capture
+from kompakt.job import Job
+from kompakt.measure.sensitivity import bit_errors, trace_errors
+from kompakt.methods import codebook, mixed
+from kompakt.methods.uniform import Knobs, uniform
+from kompakt.plan.plan import Plan, Quantize, Share
+from kompakt.plan.recipe import QuantizeSection
+from kompakt.plan.rules import integer_layers, placed, range_owner
+
+Planned = tuple[Plan, tuple[Left, ...], tuple[str, ...]]
+MEASURED_ON = 128
+"""Training examples on which the errors of single tensors are measured."""
+TRACED_ON = 32
+NIBBLE = 4
+
+
+def planned(job: Job, section: QuantizeSection, capture: Capture, stats: Stats, keep: frozenset[str]) -> Planned:
+    """Plan what a section asks for, or take the entries of the job's own plan.
+
+    Args:
+        job: the job.
+        section: what is asked.
+        capture: the folded float capture.
+        stats: ranges of its activations.
+        keep: layers that stay float, beside the section's.
+
+    Returns:
+        The plan, what stays float and why, and what was decided.
+
+    Raises:
+        InputError, BudgetError: keys that exclude each other, or a budget that no assignment keeps.
+    """
+    _agree(section)
+    if job.plan is not None:
+        entries = (*job.plan.of(Quantize), *job.plan.of(Share))
+        return Plan(entries=entries), (), ("the plan given is carried out as it stands",)
+    asked = knobs(section, keep)
+    if section.codebook is not None:
+        return _shared(job, section, capture, asked)
+    rules = job.target.rules
+    notes: tuple[str, ...] = ()
+    if section.mixed:
+        chosen, notes = _chosen(job, section, capture, stats, asked)
+        asked = replace(asked, bits=chosen)
+    elif section.keep_ends:
+        asked = replace(asked, bits=mixed.ends(capture.graph, rules, asked.keep))
+    plan, left = uniform(capture.graph, rules, asked)
+    return (_packed(plan) if section.packed else plan), left, notes
+
+
+def knobs(section: QuantizeSection, keep: frozenset[str] = frozenset()) -> Knobs:
+    """Translate a recipe's section into the method's knobs."""
+    return Knobs(
+        weight_bits=section.weight_bits,
+        activation_bits=section.activation_bits,
+        group_size=section.group_size,
+        weight_range=section.weight_range,
+        activation_range=section.activation_range,
+        dynamic=section.dynamic,
+        keep=frozenset(section.keep) | keep,
+    )
+
+
+def _agree(section: QuantizeSection) -> None:
+    """Refuse keys that exclude each other."""
+    if section.codebook is not None:
+        also: dict[str, object] = {"mixed": section.mixed, "weight_bits": section.weight_bits}
+        also |= {"group_size": section.group_size, "rounding": section.rounding}
+        also |= {"dynamic": section.dynamic, "packed": section.packed}
+        also["bias_correction"] = section.bias_correction
+        wrong = next((name for name, value in also.items() if value), None)
+        if wrong is not None:
+            raise InputError(f"codebook and {wrong}: a codebook holds no uniform integers; leave one of the two out")
+    if section.mixed and section.weight_bits is not None:
+        raise InputError("weight_bits and a budget of bits: say either one width for all or what they may cost")
+    if section.mixed and (section.dynamic or section.group_size is not None):
+        raise InputError("bits chosen by layer need static ranges and scales by channel; leave out dynamic, group_size")
+    if section.sensitivity == "hessian" and (section.average_activation_bits or section.fewer_bops):
+        raise InputError("sensitivity hessian: is of weights only; use output where activations get bits too")
+
+
+def _shared(job: Job, section: QuantizeSection, capture: Capture, asked: Knobs) -> Planned:
+    assert section.codebook is not None
+    what = codebook.Knobs(
+        bits=section.codebook,
+        granularity=section.codebook_granularity,
+        start=section.codebook_start,
+        ends=mixed.ENDS if section.keep_ends else None,
+        keep=asked.keep,
+    )
+    plan, left = codebook.codebook(capture.graph, what)
+    if section.activation_bits is not None:
+        integers, _ = uniform(capture.graph, job.target.rules, asked)
+        plan = plan.then(*(entry for entry in integers.of(Quantize) if entry.role == "activation"))
+    return plan, left, (f"{2**section.codebook} shared values for each {section.codebook_granularity}",)
+
+
+def _chosen(
+    job: Job, section: QuantizeSection, capture: Capture, stats: Stats, asked: Knobs
+) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Measure every tensor at every width, and assign."""
+    rules, graph = job.target.rules, capture.graph
+    layers = integer_layers(graph, rules, asked.keep)
+    weights = dict.fromkeys(str(op.ref("weight")) for op in layers)
+    sites = placed(graph, rules, asked.keep)
+    joint = section.average_activation_bits is not None or section.fewer_bops is not None
+    inputs = dict.fromkeys(range_owner(sites, str(op.ref("input"))) for op in layers) if joint else {}
+    fixed = mixed.ends(graph, rules, asked.keep) if section.keep_ends else {}
+    widths = {name: (fixed[name],) if name in fixed else section.widths for name in (*weights, *inputs)}
+    job.say(f"measuring {len(weights)} weights and {len(inputs)} activations at {len(section.widths)} widths")
+    base, _ = uniform(graph, rules, replace(asked, weight_range="mse"))
+    count = TRACED_ON if section.sensitivity == "hessian" else MEASURED_ON
+    batch = next(iter(job.data.train.subset(min(count, len(job.data.train)), seed=job.seed).batches(count)))
+    if section.sensitivity == "hessian":
+        errors = trace_errors(capture, base, batch, widths, job.seed)
+    else:
+        errors = bit_errors(capture, base, stats, batch[0], widths)
+    budgets = mixed.Budgets(
+        average_bits=section.average_bits,
+        average_activation_bits=section.average_activation_bits,
+        max_bytes=section.max_bytes,
+        fewer_bops=section.fewer_bops,
+    )
+    bits = mixed.mixed(graph, rules, errors, budgets, section.activation_bits or 8, asked.keep)
+    numbers = {name: graph.tensor[name].numel for name in weights}
+    average = sum(bits[name] * n for name, n in numbers.items()) / max(sum(numbers.values()), 1)
+    said = [f"bits of weights by measured error: {_counted(bits[n] for n in weights)}; {average:.2f} on average"]
+    if inputs:
+        said.append(f"bits of layers' inputs: {_counted(bits[n] for n in inputs)}")
+    return {**fixed, **bits}, tuple(said)
+
+
+def _counted(bits: Iterable[int]) -> str:
+    found = Counter(bits)
+    return ", ".join(f"{width} in {found[width]}" for width in sorted(found))
+
+
+def _packed(plan: Plan) -> Plan:
+    """Ask for two weights to a byte where they have 4 bits or fewer."""
+    entries = []
+    for entry in plan.entries:
+        if isinstance(entry, Quantize) and entry.role == "weight" and entry.spec.bits <= NIBBLE:
+            entry = replace(entry, spec=replace(entry.spec, packed=True))
+        entries.append(entry)
+    return Plan(entries=tuple(entries))
