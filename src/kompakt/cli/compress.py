@@ -1,7 +1,7 @@
-"""``kompakt compress`` and ``kompakt quantize``."""
+"""``kompakt compress``, and the run that it shares with other commands."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -10,7 +10,8 @@ from kompakt.cli.options import DataOptions, ModelOptions, RunOptions
 from kompakt.cli.voice import show, speaking
 from kompakt.files import writable_folder
 from kompakt.job import Job
-from kompakt.plan.recipe import BudgetSection, QuantizeSection, Recipe
+from kompakt.plan.plan import Plan
+from kompakt.plan.recipe import BudgetSection, Recipe
 from kompakt.report import build_report
 from kompakt.search import compress
 
@@ -34,46 +35,17 @@ def compress_command(
     run_job("compress", asked, target_name, out, model, data, run)
 
 
-def quantize_command(
-    out: Out,
+def run_job(
+    command: str,
+    recipe: Recipe,
+    target_name: str,
+    out: Path,
     model: ModelOptions,
     data: DataOptions,
     run: RunOptions,
-    weight_bits: Annotated[int | None, typer.Option(help="default: the target's", min=1, max=8)] = None,
-    activation_bits: Annotated[int | None, typer.Option(help="default: the target's", min=1, max=8)] = None,
-    dynamic: Annotated[bool, typer.Option("--dynamic", help="ranges of activations at run time")] = False,
-    calibration: Annotated[int, typer.Option(help="training examples to calibrate on", min=1)] = 512,
-    activation_range: Annotated[
-        Literal["minmax", "moving", "percentile", "mse", "kl"], typer.Option(help="range estimator")
-    ] = "mse",
-    rounding: Annotated[
-        Literal["nearest", "gptq", "retarget", "adaround"] | None,
-        typer.Option(help="how weights are rounded; default: retarget at 4 bits or fewer, else nearest"),
-    ] = None,
-    bias_correction: Annotated[bool, typer.Option("--bias-correction", help="mend the mean of each layer")] = False,
-    equalize: Annotated[bool, typer.Option("--equalize", help="move scale between layers first")] = False,
-    max_drop: Annotated[float | None, typer.Option(help="points that may be lost", min=0.0)] = None,
-    target_name: Annotated[str, typer.Option("--target", help="runtime that the artifact is for")] = "onnxruntime",
+    plan: Plan | None = None,
 ) -> None:
-    """Quantize MODEL after training, statically or dynamically."""
-    section = QuantizeSection(
-        weight_bits=weight_bits,
-        activation_bits=activation_bits,
-        dynamic=dynamic,
-        calibration_examples=calibration,
-        activation_range=activation_range,
-        rounding=rounding,
-        bias_correction=bias_correction,
-        equalize=equalize,
-    )
-    recipe = Recipe(quantize=section, budget=BudgetSection(max_drop=max_drop))
-    run_job("quantize", recipe, target_name, out, model, data, run)
-
-
-def run_job(
-    command: str, recipe: Recipe, target_name: str, out: Path, model: ModelOptions, data: DataOptions, run: RunOptions
-) -> None:
-    """Load everything, compress, write the report, show the figures."""
+    """Load everything, compress by the recipe or by a plan made before, write the report, show the figures."""
     runtime = target(target_name)
     network = model.load(run.seed)
     metric = data.load_metric()
@@ -88,6 +60,7 @@ def run_job(
             target=runtime,
             out=folder,
             recipe=recipe,
+            plan=plan,
             metric=metric,
             threads=run.threads,
             seed=run.seed,

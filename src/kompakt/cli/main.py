@@ -7,13 +7,14 @@ from collections.abc import Callable
 import typer
 
 from kompakt.cli.bench import bench
-from kompakt.cli.compress import compress_command, quantize_command
+from kompakt.cli.compress import compress_command
 from kompakt.cli.demo import demo
 from kompakt.cli.export import check, export
 from kompakt.cli.flatten import flatten
 from kompakt.cli.inspect import analyze, inspect
 from kompakt.cli.pack import pack, unpack
 from kompakt.cli.prune import finetune, prune
+from kompakt.cli.quantize import quantize
 from kompakt.cli.report import report
 from kompakt.errors import KompaktError
 
@@ -34,7 +35,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect,
     "analyze": analyze,
     "compress": compress_command,
-    "quantize": quantize_command,
+    "quantize": quantize,
     "prune": prune,
     "finetune": finetune,
     "pack": pack,
