@@ -37,12 +37,13 @@ QAT: dict[str, tuple[dict[str, Any] | None, str, float | None]] = {
 }
 HEAD = """# Below eight bits
 
-Written by `python -m benchmarks.bits` from `benchmarks/results/bits/`; every accuracy is of the exported file, loaded in ONNX Runtime,
-on the 10,000 test images of CIFAR-10 (as JPEG). The network is the zoo's ResNet-20; drops are against its float file, paired on
-the same images, with 95 % intervals. `Z` stands for `kompakt.zoo:resnet20 --weights resnet20-cifar10.safetensors --data cifar10
---input-size 32 --out DIR`. W: bits of weights, A: of activations. No row below 8 bits is faster than 8 bits: ONNX Runtime multiplies
-bytes on a CPU. Bytes are of the ONNX file (weights of 2 to 7 bits stand in int8 there, codebooks of up to 4 bits in two indices to a
-byte) and of the same file as `.kpk`, coded without loss.
+Written by `python -m benchmarks.bits` from `benchmarks/results/bits/`; every accuracy is of the exported file,
+loaded in ONNX Runtime, on the 10,000 test images of CIFAR-10 (as JPEG). The network is the zoo's ResNet-20; drops
+are against its float file, paired on the same images, with 95 % intervals. `Z` stands for `kompakt.zoo:resnet20
+--weights resnet20-cifar10.safetensors --data cifar10 --input-size 32 --out DIR`. W: bits of weights, A: of
+activations. No row below 8 bits is faster than 8 bits: ONNX Runtime multiplies bytes on a CPU. Bytes are of the
+ONNX file (weights of 2 to 7 bits stand in int8 there, codebooks of up to 4 bits in two indices to a byte) and of
+the same file as `.kpk`, coded without loss.
 """
 
 
@@ -77,7 +78,7 @@ def _compared(cells: Cells, base: dict[str, Any]) -> list[str]:
         (
             "codebook 4",
             "W4A8 nearest",
-            "a codebook of 16 values a tensor against 4-bit integers a channel, both nearest",
+            "a codebook of 16 values a tensor against 4-bit integers a channel (nearest)",
         ),
     ):
         a, b = cells.find(part="ptq", row=better), cells.find(part="ptq", row=worse)
@@ -91,11 +92,12 @@ def _compared(cells: Cells, base: dict[str, Any]) -> list[str]:
 def _qat(cells: Cells, base: dict[str, Any]) -> list[str]:
     lines = ["## With training", ""]
     lines += [
-        "Learned steps (LSQ, LSQ+), batch norms trained and folded into the scales of the channels, the float network as teacher (half",
-        "of the loss, temperature 4), random crops and mirrors, batch 128, cosine from 0.02. The first and the last layer have 8 bits. Two",
-        "bits of weights are −1, 0 and 1 with a scale a channel. The control is the float network given the same training.",
+        "Learned steps (LSQ, LSQ+), batch norms trained and folded into the scales of the channels, the float",
+        "network as teacher (half of the loss, temperature 4), random crops and mirrors, batch 128, cosine from",
+        "0.02. The first and the last layer have 8 bits. Two bits of weights are −1, 0 and 1 with a scale a",
+        "channel. The control is the float network given the same training.",
         "",
-        "| | epochs | seeds | accuracy, % | drop, points, by seed | asked for | `.kpk`, kB | training, minutes a seed |",
+        "| | epochs | seeds | accuracy, % | drop, points, by seed | asked for | `.kpk`, kB | minutes a seed |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, (_, _, limit) in QAT.items():

@@ -73,12 +73,9 @@ def knobs(section: QuantizeSection, keep: frozenset[str] = frozenset()) -> Knobs
 def _agree(section: QuantizeSection) -> None:
     """Refuse keys that exclude each other."""
     if section.codebook is not None:
-        also: dict[str, object] = {
-            "mixed": section.mixed,
-            "weight_bits": section.weight_bits,
-            "group_size": section.group_size,
-        }
-        also |= {"rounding": section.rounding, "dynamic": section.dynamic, "packed": section.packed}
+        also: dict[str, object] = {"mixed": section.mixed, "weight_bits": section.weight_bits}
+        also |= {"group_size": section.group_size, "rounding": section.rounding}
+        also |= {"dynamic": section.dynamic, "packed": section.packed}
         also["bias_correction"] = section.bias_correction
         wrong = next((name for name, value in also.items() if value), None)
         if wrong is not None:

@@ -59,9 +59,7 @@ class FewBitsOptions:
     )
     max_bytes: Annotated[int | None, typer.Option(help="of the weights, at most", min=1)] = None
     fewer_bops: Annotated[float | None, typer.Option(help="times fewer bit operations than at 8 bits")] = None
-    sensitivity: Annotated[Literal["output", "hessian"], typer.Option(help="how a width's error is measured")] = (
-        "output"
-    )
+    sensitivity: Annotated[Literal["output", "hessian"], typer.Option(help="how errors are measured")] = "output"
     keep_ends: Annotated[bool, typer.Option("--keep-ends", help="first and last layer at 8 bits")] = False
 
     def keys(self) -> dict[str, Any]:
