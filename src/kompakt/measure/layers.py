@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx
 
 from kompakt.artifact.onnx import open_onnx
-from kompakt.build.layers import Quantizer
-from kompakt.build.quantize import quantizers
+from kompakt.build.layers import Codebook, Quantizer
+from kompakt.build.quantize import codebooks, quantizers
 from kompakt.graph.trace import Capture, attribute
 from kompakt.measure.bench import op_times
 from kompakt.measure.parity import sqnr_db
@@ -36,7 +36,7 @@ def layer_table(
     """
     names = [op.name for op in original.graph.layers]
     before, after = outputs_of(original, inputs, names), outputs_of(quantized, inputs, names)
-    made = quantizers(quantized.module)
+    made, books = quantizers(quantized.module), codebooks(quantized.module)
     return tuple(
         Layer(
             name=op.module or op.name,
@@ -44,7 +44,7 @@ def layer_table(
             shape=original.graph.tensor[str(op.ref("weight"))].shape,
             params=original.graph.tensor[str(op.ref("weight"))].numel,
             macs=op.macs,
-            weight_bits=_bits(made, op.ref("weight")),
+            weight_bits=_weight_bits(made, books, op.ref("weight")),
             activation_bits=_bits(made, op.ref("input")),
             weight_sqnr_db=_weight_sqnr(original, quantized, made, str(op.ref("weight"))),
             output_sqnr_db=_finite(sqnr_db(before[op.name], after[op.name])),
@@ -91,6 +91,10 @@ def node_times(path: str | Path, batch: np.ndarray, *, runs: int = 10, threads: 
 
 def _bits(made: Mapping[str, Quantizer], name: str | None) -> float:
     return float(made[name].spec.bits) if name is not None and name in made else 32.0
+
+
+def _weight_bits(made: Mapping[str, Quantizer], books: Mapping[str, Codebook], name: str | None) -> float:
+    return float(books[name].bits) if name is not None and name in books else _bits(made, name)
 
 
 def _weight_sqnr(original: Capture, quantized: Capture, made: Mapping[str, Quantizer], name: str) -> float | None:
