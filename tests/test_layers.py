@@ -41,6 +41,7 @@ ORDER = (
         "report",
         "search",
         "ship",
+        "shrink",
         "slim",
     },
     {"cli"},

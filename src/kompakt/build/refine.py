@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from kompakt.build.layers import Quantizer
 from kompakt.build.quantize import quantizer_of
+from kompakt.build.rate import BIAS_BITS, Rate, rate_distorted
 from kompakt.build.stream import Stream
 from kompakt.errors import KompaktError, PlanError
 from kompakt.graph.fold import set_parameter
@@ -26,6 +27,7 @@ from kompakt.numerics.bias import channel_means, corrected_bias
 from kompakt.numerics.grid import affine_params, dequantize, saturation_scale, scale_for_bias
 from kompakt.numerics.moments import Conv, cross_moment, second_moment
 from kompakt.numerics.ranges import weight_range
+from kompakt.numerics.rate_distortion import coarse
 from kompakt.numerics.rounding import Annealing, Reconstruction, adaround, descend, gptq, retarget
 from kompakt.plan.plan import Plan, Quantize
 
@@ -47,12 +49,15 @@ class Refinement:
         bias_correction: mend the mean of each layer's output in its bias.
         annealing: of ``adaround``.
         seed: of the batches that ``adaround`` draws.
+        rate: what a bit is worth; with it, ``retarget`` chooses steps and integers by rate and distortion, and biases
+            become coarse.
     """
 
     rounding: Rounding = "retarget"
     bias_correction: bool = False
     annealing: Annealing = ANNEALING
     seed: int = 0
+    rate: Rate | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,10 +174,10 @@ def _refine(layer: _Layer, ours: Stream, theirs: Stream, how: Refinement) -> Non
         if how.rounding == "adaround":
             weight = _learned(layer, ours.module, theirs.peek(), how)
         else:
-            weight = _solved(layer, ours.module, how.rounding == "retarget")
+            weight = _solved(layer, ours.module, how)
         set_parameter(ours.module, layer.entry.tensor, weight.contiguous())
     if how.bias_correction and layer.alone and reader is not None:
-        _correct_bias(layer, str(reader.target), ours, theirs)
+        _correct_bias(layer, str(reader.target), ours, theirs, how.rate)
 
 
 def _solvable(layer: _Layer) -> bool:
@@ -191,17 +196,34 @@ def _learned(layer: _Layer, module: fx.GraphModule, targets: list[Tensor], how: 
     return dequantize(adaround(layer.weight, *params, problem, how.annealing, generator), *params)
 
 
-def _solved(layer: _Layer, module: fx.GraphModule, moves: bool) -> Tensor:
+def _solved(layer: _Layer, module: fx.GraphModule, how: Refinement) -> Tensor:
     """Return the layer's weight on its grid, rounded for its inputs; one that ``moves`` is retargeted first."""
     weight, conv = layer.weight, _thinned(layer)
     hessian = _summed(second_moment(x, conv) for x in layer.inputs)
-    if moves:
+    if how.rounding == "retarget":
         pairs = zip(layer.floats, layer.inputs, strict=True)
         weight = retarget(weight, _summed(cross_moment(x, y, conv) for x, y in pairs), hessian)
+        if how.rate is not None:
+            return _weighed(layer, weight, hessian, how.rate)
         _set_grid(layer, weight, module)
     params = (layer.quantizer.scale, layer.quantizer.zero_point, layer.quantizer.spec)
     q = descend(weight, gptq(weight, hessian, *params), hessian, params)
     return dequantize(q, *params)
+
+
+def _weighed(layer: _Layer, weight: Tensor, hessian: Tensor, rate: Rate) -> Tensor:
+    """Return the layer's weight on a grid of its own, both chosen by rate and distortion."""
+    outputs = layer.op.shape[2:] if layer.conv else layer.op.shape[1:-1]
+    thinner = _thinned(layer)
+    if layer.conv is not None and thinner is not None:
+        outputs = tuple(
+            -(-size // (a // b)) for size, a, b in zip(outputs, thinner.stride, layer.conv.stride, strict=True)
+        )
+    places = sum(len(x) for x in layer.inputs) * prod(outputs)
+    importance = rate.importance.get(layer.op.name, torch.zeros(len(weight)))
+    q, scale = rate_distorted(weight, hessian / places, importance, rate.trade)
+    layer.quantizer.scale, layer.quantizer.zero_point = scale, torch.zeros(len(scale), dtype=torch.int32)
+    return dequantize(q, scale, layer.quantizer.zero_point, layer.quantizer.spec)
 
 
 def _thinned(layer: _Layer) -> Conv | None:
@@ -262,14 +284,15 @@ def _operand(node: fx.Node, index: int) -> fx.Node | None:
     return value if isinstance(value, fx.Node) else None
 
 
-def _correct_bias(layer: _Layer, name: str, ours: Stream, theirs: Stream) -> None:
+def _correct_bias(layer: _Layer, name: str, ours: Stream, theirs: Stream, rate: Rate | None) -> None:
     """Set a layer's bias so that the mean of its output is that of the float model's."""
     axis = -1 if layer.op.kind == "linear" else 1
     wanted, given = (_mean(stream.peek(), axis) for stream in (theirs, ours))
     # Of the bias as it was added, rounded: else what its rounding had moved would be kept.
     bias = _operand(layer.node, 2)
     assert bias is not None
-    set_parameter(ours.module, name, corrected_bias(_constant(ours.module, bias), wanted, given))
+    mended = corrected_bias(_constant(ours.module, bias), wanted, given)
+    set_parameter(ours.module, name, coarse(mended, BIAS_BITS) if rate is not None else mended)
 
 
 def _mean(outputs: list[Tensor], axis: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""``kompakt pack`` and ``kompakt unpack``: the smallest file, without loss."""
+"""``kompakt pack`` and ``kompakt unpack``: the smallest file, without loss or within a budget."""
 
 import json
 from pathlib import Path
@@ -9,26 +9,106 @@ import typer
 from kompakt.artifact.kpk_onnx import pack_onnx
 from kompakt.artifact.kpk_safetensors import pack_safetensors
 from kompakt.artifact.splice import unpack_file
-from kompakt.cli.options import RunOptions
+from kompakt.artifact.targets import target
+from kompakt.cli.options import ModelOptions, OptionalDataOptions, RunOptions
+from kompakt.cli.voice import speaking
 from kompakt.errors import InputError
+from kompakt.files import writable_folder
+from kompakt.finish import points_text
+from kompakt.job import Job
+from kompakt.plan.recipe import BudgetSection, Recipe
 from kompakt.report.numbers import bytes_text
+from kompakt.shrink import Shrunk, shrink
 
 PACKERS = {".onnx": pack_onnx, ".safetensors": pack_safetensors}
+OVER_BUDGET = 3
+DROP = 0.5
 
 
 def pack(
-    source: Annotated[Path, typer.Argument(help=".onnx or .safetensors file, or a folder that compress wrote")],
+    model: ModelOptions,
+    data: OptionalDataOptions,
     run: RunOptions,
     out: Annotated[Path, typer.Option("--out", "-o", help="the .kpk file to write")],
+    max_drop: Annotated[
+        float | None, typer.Option(help="points that may be lost, with data (default 0.5)", min=0.0)
+    ] = None,
+    size_bytes: Annotated[int | None, typer.Option(help="bytes that the file may take, with data", min=1)] = None,
 ) -> None:
-    """Code a model's weights as small as they go; unpack returns the very same bytes."""
+    """Code a model's weights as small as they go: a file without loss, a MODEL with --data within a budget."""
+    if data.data is not None:
+        if max_drop is not None and size_bytes is not None:
+            raise InputError("--max-drop and --size-bytes: give one of them")
+        _shrink(model, data, run, out, DROP if max_drop is None and size_bytes is None else max_drop, size_bytes)
+        return
+    if max_drop is not None or size_bytes is not None:
+        raise InputError("--max-drop and --size-bytes need --data: without data packing is lossless")
+    source = Path(model.model)
     file = source / "model.onnx" if source.is_dir() else source
     if file.suffix not in PACKERS:
-        raise InputError(f"{file}: expected a .onnx or .safetensors file")
+        raise InputError(f"{file}: expected a .onnx or .safetensors file, or a MODEL and --data")
     if not file.is_file():
         raise InputError(f"{file}: no such file")
     size = PACKERS[file.suffix](file, out)
     _tell(run, source=file, out=out, before=file.stat().st_size, after=size)
+
+
+def _shrink(
+    model: ModelOptions,
+    data: OptionalDataOptions,
+    run: RunOptions,
+    out: Path,
+    max_drop: float | None,
+    size_bytes: int | None,
+) -> None:
+    network = model.load(run.seed)
+    metric, folder = data.load_metric(), writable_folder(out.parent)
+    examples = data.open(model, run)
+    with speaking(run) as say:
+        job = Job(
+            model=network,
+            name=model.model,
+            data=examples,
+            source=str(data.data),
+            target=target("onnxruntime"),
+            out=folder,
+            recipe=Recipe(budget=BudgetSection(max_drop=max_drop)),
+            metric=metric,
+            threads=run.threads,
+            seed=run.seed,
+            command="pack",
+            say=say,
+        )
+        found = shrink(job, out, size_bytes=size_bytes)
+    size = out.stat().st_size
+    met = size <= size_bytes if size_bytes is not None else found.drop.points <= (max_drop or 0.0)
+    _show(run, model.model, out, found, met)
+    if not met:
+        typer.echo("kompakt: the budget is not met; the best file is saved", err=True)
+        raise typer.Exit(OVER_BUDGET)
+
+
+def _show(run: RunOptions, name: str, out: Path, found: Shrunk, met: bool) -> None:
+    size = out.stat().st_size
+    if run.json:
+        record = {
+            "source": name,
+            "out": str(out),
+            "source_bytes": found.baseline_bytes,
+            "out_bytes": size,
+            "baseline_accuracy": found.baseline.accuracy,
+            "accuracy": found.compressed.accuracy,
+            "drop_points": found.drop.points,
+            "drop_ci95": found.drop.ci95,
+            "budget_met": met,
+        }
+        print(json.dumps(record))
+    elif not run.quiet:
+        typer.echo(
+            f"wrote {out}: {bytes_text(found.baseline_bytes)} → {bytes_text(size)}, "
+            f"{100 * found.baseline.accuracy:.2f} % → {100 * found.compressed.accuracy:.2f} %, "
+            f"drop {points_text(found.drop)} on the test split"
+        )
 
 
 def unpack(

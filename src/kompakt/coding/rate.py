@@ -4,7 +4,7 @@ The prices are those of the parametric model (FORMAT.md §6.2): scale factors a 
 prediction from earlier taps. A choice made by them is coded at that price.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -52,6 +52,58 @@ class RateModel:
             for r in (residual + move for move in moves)
         ]
         return np.stack([from_taps(price, self.shape) for price in prices])
+
+    def columns(self) -> "ColumnPrices":
+        """The same prices for choosing values one column of ``[O, I · K]`` after the other."""
+        layout = self.fit.layout
+        classes = bounded(self.fit.scales.unbounded(layout)).astype(np.int32).T
+        weights = [] if self.fit.weights is None else tap_weights(self.fit.weights, layout.taps)
+        return ColumnPrices(
+            cells=np.ascontiguousarray(classes.reshape(layout.outputs, -1).T) * FRACTIONS,
+            table=costs(self.distribution).reshape(-1),
+            taps=layout.taps,
+            weights=tuple(weights),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnPrices:
+    """Prices of integers given the earlier columns, which hold the earlier taps of the same kernels.
+
+    Args:
+        cells: int32 [I · K, O], the first table of each place's scale class.
+        table: prices, flat.
+        taps: K.
+        weights: of the prediction, for each tap but the first; empty where there is none.
+    """
+
+    cells: np.ndarray
+    table: np.ndarray
+    taps: int
+    weights: tuple[np.ndarray, ...]
+
+    def rows(self, chosen: np.ndarray) -> "ColumnPrices":
+        """The prices of some rows alone."""
+        return replace(self, cells=np.ascontiguousarray(self.cells[:, chosen]))
+
+    def bits(self, index: int, q: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+        """What each candidate costs, float32 [n, O].
+
+        Args:
+            index: the column.
+            q: [O, I · K], integers as float32, of which the columns before are final.
+            candidates: [n, O], integers.
+        """
+        cells, tap = self.cells[index], index % self.taps
+        symbols = candidates.astype(np.int32) + ZERO
+        if self.weights and tap:
+            row = self.weights[tap - 1]
+            nearest, fractions = split_fraction(eighths(q[:, index - row.size : index] @ row))
+            cells, symbols = cells + fractions, symbols - nearest
+        else:
+            cells = cells + FRACTIONS // 2
+        symbols = np.where((symbols < 0) | (symbols > ESCAPE), ESCAPE, symbols)
+        return self.table.take(cells * SYMBOLS + symbols)
 
 
 def rate_model(values: np.ndarray) -> RateModel:

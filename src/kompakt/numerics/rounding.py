@@ -73,7 +73,7 @@ def gptq(
     _check(w, hessian)
     groups, width, _ = hessian.shape
     order = hessian.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
-    factor = _inverse_factor(_permuted(hessian, order), damp)
+    factor = inverse_factor(_permuted(hessian, order), damp)
     layout = (groups, w.shape[0] // groups, width)
     columns = order[:, None].expand(layout)
     facts = (each.reshape(layout).gather(2, columns) for each in _facts(w, scale, zero_point, spec))
@@ -94,7 +94,7 @@ def _permuted(hessian: Tensor, order: Tensor) -> Tensor:
     return by_row.gather(2, order[:, None, :].expand_as(hessian))
 
 
-def _inverse_factor(hessian: Tensor, damp: float) -> Tensor:
+def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
     """Factor ``H⁻¹ = Uᵀ U``, with dead columns cut off and damping on the diagonal."""
     diagonal = hessian.diagonal(dim1=1, dim2=2)
     mean = diagonal.mean(1, keepdim=True)

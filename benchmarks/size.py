@@ -1,0 +1,166 @@
+"""Bytes against accuracy without training: python -m benchmarks.size [--networks resnet20 …] [--data DIR].
+
+The zoo's networks (CIFAR-10) are packed by kompakt at several prices of a bit and, where it is installed, by
+NNCodec at several
+steps (dependent quantization on, its defaults otherwise). Each file is read back and its network scored in ONNX
+Runtime on the
+validation part of train, by which a user chooses, and on the test images. Beside them: the fp32 file, and it under
+zstd-19. Cells are
+written as they are done to ``results/size/NETWORK.jsonl`` and not measured again; ``--page`` writes docs/size.md
+from them.
+
+NNCodec wants an environment of its own (``pip install --no-deps nncodec``, pandas, ptflops, torchmetrics, opencv);
+run the script there.
+"""
+
+import argparse
+import importlib.util
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from benchmarks.size_page import write_page
+from kompakt.artifact.container import Reader
+from kompakt.artifact.kpk_onnx import pack_onnx
+from kompakt.artifact.splice import unpack_file
+from kompakt.artifact.targets import target
+from kompakt.data import Data, open_data
+from kompakt.graph.fold import fold
+from kompakt.graph.trace import trace
+from kompakt.job import Job
+from kompakt.models import load_model
+from kompakt.shrink import prepare
+
+ROOT = Path(__file__).resolve().parents[1]
+ZOO = Path("/work/shared/zoo") if Path("/work/shared/zoo").exists() else ROOT.parent / "shared" / "zoo"
+RESULTS = ROOT / "benchmarks" / "results" / "size"
+NETWORKS = {"resnet20": ("kompakt.zoo:resnet20", 32), "resnet32": ("kompakt.zoo:resnet32", 32),
+            "resnet18": ("torchvision/resnet18", 48)}  # fmt: skip
+TRADES = {"resnet20": (1.5e-8, 3e-8, 6e-8, 1.2e-7), "resnet32": (1.5e-8, 3e-8, 6e-8, 1.2e-7),
+          "resnet18": (3e-9, 1e-8, 3e-8, 1e-7)}  # fmt: skip
+STEPS = (-30, -28, -26, -24, -22, -20)
+RUNS = 5
+
+
+def measured(cells: list[dict[str, Any]], path: Path, key: dict[str, Any], work: Callable[[], dict[str, Any]]) -> None:
+    """Do what no cell holds yet, and write it down."""
+    if any(all(cell.get(name) == value for name, value in key.items()) for cell in cells):
+        return
+    cells.append(key | work())
+    print(json.dumps(cells[-1]), flush=True)
+    with open(path, "a") as file:
+        file.write(json.dumps(cells[-1]) + "\n")
+
+
+def scores(job: Job, path: Path) -> dict[str, float]:
+    """Accuracy in ONNX Runtime on the validation and the test part, in per cent."""
+    parts = {"validation": job.data.validation, "test": job.data.test}
+    return {name: 100 * job.judge.score(path, part).accuracy for name, part in parts.items()}
+
+
+def fastest(work: Callable[[], Any]) -> float:
+    """Processor seconds of the fastest of several runs."""
+    found = []
+    for _ in range(RUNS):
+        start = time.process_time()
+        work()
+        found.append(time.process_time() - start)
+    return min(found)
+
+
+def codes(path: Path) -> list[np.ndarray]:
+    """All arrays of a file, decoded."""
+    with Reader(path) as reader:
+        return [array for name in reader.records for array in reader.parts(name).values()]
+
+
+def ours(job: Job, source: Any, trade: float, folder: Path) -> dict[str, Any]:
+    """A file of kompakt's under one price of a bit."""
+    start = time.process_time()
+    made = job.target.export(source.at(trade), folder / "ours.onnx", metadata={})
+    choosing = time.process_time() - start
+    size = pack_onnx(made, folder / "ours.kpk")
+    unpack_file(folder / "ours.kpk", folder / "back.onnx")
+    return {
+        "bytes": size,
+        "choose_s": choosing,
+        "encode_s": fastest(lambda: pack_onnx(made, folder / "ours.kpk")),
+        "decode_s": fastest(lambda: codes(folder / "ours.kpk")),
+        **scores(job, folder / "back.onnx"),
+    }
+
+
+def theirs(job: Job, model: nn.Module, step: int, folder: Path) -> dict[str, Any]:
+    """A file of NNCodec's at one step."""
+    from nncodec import nnc
+
+    state = {name: value.numpy().astype(np.float32) for name, value in model.state_dict().items()
+             if "num_batches" not in name}  # fmt: skip
+    file = folder / "theirs.nnc"
+
+    def encode() -> None:
+        nnc.compress(dict(state), bitstream_path=str(file), qp=step, use_dq=True)
+
+    encoding = fastest(encode)
+    found = nnc.decompress(str(file))
+    model.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in found.items()}, strict=False)
+    example = next(iter(job.data.train.batches(2, limit=2)))[0]
+    path = job.target.export(fold(trace(model, example)), folder / "theirs.onnx", metadata={})
+    decoding = fastest(lambda: nnc.decompress(str(file)))
+    return {"bytes": file.stat().st_size, "encode_s": encoding, "decode_s": decoding, **scores(job, path)}
+
+
+def plain(job: Job, capture: Any, weights: Path, folder: Path) -> dict[str, Any]:
+    """The original, and its bytes under zstd-19 where that is installed."""
+    found: dict[str, Any] = {"bytes": weights.stat().st_size}
+    if importlib.util.find_spec("zstandard"):
+        import zstandard
+
+        found["zstd_bytes"] = len(zstandard.ZstdCompressor(level=19).compress(weights.read_bytes()))
+    return found | scores(job, job.target.export(capture, folder / "original.onnx", metadata={}))
+
+
+def network(name: str, data: Data) -> None:
+    """All cells of one network, kompakt's and NNCodec's in turn."""
+    reference, _ = NETWORKS[name]
+    weights, arguments = ZOO / f"{name}-cifar10.safetensors", {"num_classes": 10}
+    model = load_model(reference, arguments=arguments, weights=weights)
+    job = Job(model=model, name=name, data=data, source="cifar10", target=target("onnxruntime"), out=RESULTS)
+    path = RESULTS / f"{name}.jsonl"
+    cells = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    source = prepare(job)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        measured(cells, path, {"codec": "fp32"}, lambda: plain(job, source.capture, weights, folder))
+        for index in range(max(len(TRADES[name]), len(STEPS))):
+            for trade in TRADES[name][index : index + 1]:
+                measured(cells, path, {"codec": "kompakt", "at": trade}, lambda t=trade: ours(job, source, t, folder))
+            for step in STEPS[index : index + 1] if importlib.util.find_spec("nncodec") else ():
+                model.load_state_dict(load_file(weights), strict=False)
+                measured(cells, path, {"codec": "NNCodec", "at": step}, lambda s=step: theirs(job, model, s, folder))
+
+
+def main() -> None:
+    """Measure what is missing and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument("--data", default="/tmp/data")
+    parser.add_argument("--page", action="store_true", help="only write docs/size.md")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for name in [] if arguments.page else arguments.networks:
+        network(name, open_data(arguments.data, input_size=NETWORKS[name][1], progress=False))
+    write_page(RESULTS, ROOT / "docs")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""docs/size.md and its curves from the cells of ``benchmarks.size``."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+HEAD = """# The smallest file without training
+
+Written by `python -m benchmarks.size` from `benchmarks/results/size`. Whole-file bytes of networks of the zoo
+(CIFAR-10 as JPEG),
+read back and scored in ONNX Runtime on the 10,000 test images; times are processor seconds, the fastest of five,
+both coders in turn in one
+process. kompakt is `kompakt pack MODEL --data DIR` at one price of a bit (λ, nats of divergence for a bit) after
+another; NNCodec 2.1.3 has dependent
+quantization on and its defaults otherwise, one `qp` after another. The validation part was part of what the zoo
+was trained on; a network
+loses less there than on test, so a budget with a margin is wise.
+"""
+METHOD = """
+## How
+
+Batch norms are folded. Layer by layer, the float weight is moved to what does on the compressed inputs what the
+original did on its own, and
+integers are chosen column by column with GPTQ's error propagation, each by `½ g (v − s q)² / U_ii² + λ · bits`:
+the bits are the prices of
+the coder's own model (scale factors, prediction from earlier taps), fitted anew between passes, `g` is the second
+moment of the loss's gradient at the output
+channel (K-FAC's diagonal), so that one λ serves all layers and gives each channel its step. Steps keep 2 bits of
+mantissa, biases 6; biases are
+corrected. See `kompakt.numerics.rate_distortion`, `kompakt.build.rate`.
+"""
+COLORS = {"kompakt": "#1f77b4", "NNCodec": "#d62728"}
+
+
+def write_page(results: Path, docs: Path) -> None:
+    """Write the page and one SVG a network."""
+    parts = [HEAD]
+    for path in sorted(results.glob("*.jsonl")):
+        cells = [json.loads(line) for line in path.read_text().splitlines()]
+        parts.append(_section(path.stem, cells))
+        (docs / f"size-{path.stem}.svg").write_text(_curve(path.stem, cells))
+    (docs / "size.md").write_text("\n".join([*parts, METHOD]))
+
+
+def _section(name: str, cells: list[dict[str, Any]]) -> str:
+    first = next(cell for cell in cells if cell["codec"] == "fp32")
+    zstd = f", {first['zstd_bytes']:,} under zstd-19" if "zstd_bytes" in first else ""
+    rows = [
+        f"\n## {name}\n\nfp32 safetensors: {first['bytes']:,} bytes{zstd}; {first['test']:.2f} % on test.\n",
+        f"![bytes against accuracy](size-{name}.svg)\n",
+        "| codec | λ or qp | bytes | times smaller | test, % | drop | validation drop | encode, s | decode, s |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for cell in _ordered(cells):
+        drops = [first[part] - cell[part] for part in ("test", "validation")]
+        rows.append(
+            f"| {cell['codec']} | {cell['at']:g} | {cell['bytes']:,} | {first['bytes'] / cell['bytes']:.1f} "
+            f"| {cell['test']:.2f} | {drops[0]:+.2f} | {drops[1]:+.2f} "
+            f"| {cell['encode_s']:.3f} | {cell['decode_s']:.4f} |"
+        )
+    return "\n".join([*rows, "", *_verdicts(cells)])
+
+
+def _ordered(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted((cell for cell in cells if cell["codec"] in COLORS), key=lambda c: (c["codec"], -c["bytes"]))
+
+
+def _verdicts(cells: list[dict[str, Any]]) -> list[str]:
+    """For each file of NNCodec, kompakt's smallest that is at least as accurate on test."""
+    found, rivals = [], [cell for cell in cells if cell["codec"] == "kompakt"]
+    for cell in (cell for cell in _ordered(cells) if cell["codec"] == "NNCodec"):
+        equal = [item for item in rivals if item["test"] >= cell["test"]]
+        if equal:
+            best = min(equal, key=lambda item: item["bytes"])
+            less, faster = 100 * (1 - best["bytes"] / cell["bytes"]), cell["decode_s"] / best["decode_s"]
+            found.append(
+                f"- At least as accurate as qp {cell['at']:g}: {less:.0f} % fewer bytes, decoded {faster:.1f}× as fast."
+            )
+        else:
+            found.append(f"- No file of kompakt's measured so far is as accurate as qp {cell['at']:g}.")
+    return found
+
+
+def _curve(name: str, cells: list[dict[str, Any]]) -> str:
+    """A small SVG: kilobytes to the right, test accuracy upwards."""
+    points = _ordered(cells)
+    wide, high, pad = 520, 300, 50
+    most = max((cell["bytes"] for cell in points), default=1) * 1.05
+    low = min((cell["test"] for cell in points), default=0) - 0.3
+    top = max((cell["test"] for cell in cells), default=1) + 0.3
+
+    def at(cell: dict[str, Any]) -> str:
+        x, y = (
+            pad + (wide - 2 * pad) * cell["bytes"] / most,
+            high - pad - (high - 2 * pad) * (cell["test"] - low) / (top - low),
+        )
+        return f"{x:.1f},{y:.1f}"
+
+    def text(x: float, y: float, words: str, more: str = "") -> str:
+        return f'<text x="{x:.0f}" y="{y:.0f}" {more}>{words}</text>'
+
+    lines = [
+        f'<rect x="{pad}" y="{pad}" width="{wide - 2 * pad}" height="{high - 2 * pad}" fill="none" stroke="#999"/>'
+    ]
+    lines += [
+        text(pad, high - pad + 16, "0"),
+        text(wide - pad, high - pad + 16, f"{most / 1000:.0f} kB", 'text-anchor="end"'),
+    ]
+    lines += [
+        text(pad - 4, pad + 4, f"{top:.1f} %", 'text-anchor="end"'),
+        text(pad - 4, high - pad, f"{low:.1f}", 'text-anchor="end"'),
+    ]
+    lines.append(text(pad, 24, f"{name}: whole file, accuracy on test"))
+    for number, (codec, color) in enumerate(COLORS.items()):
+        mine = [at(cell) for cell in points if cell["codec"] == codec]
+        lines.append(f'<polyline points="{" ".join(mine)}" fill="none" stroke="{color}" stroke-width="2"/>')
+        lines += [f'<circle cx="{p.split(",")[0]}" cy="{p.split(",")[1]}" r="3" fill="{color}"/>' for p in mine]
+        lines.append(text(wide - pad - 80, high - pad - 30 + 16 * number, codec, f'fill="{color}"'))
+    style = 'font-family="sans-serif" font-size="12"'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{wide}" height="{high}" {style}>\n'
+        + "\n".join(lines)
+        + "\n</svg>\n"
+    )

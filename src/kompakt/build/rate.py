@@ -1,0 +1,98 @@
+"""Choose a layer's step and integers by rate and distortion, with the prices of the coder that will write them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kompakt.coding.rate import ColumnPrices, rate_model
+from kompakt.numerics.rate_distortion import coarse, steps, trade_off
+from kompakt.numerics.rounding import inverse_factor
+
+FACTORS = (0.8, 1.0, 1.25)
+TRIAL_ROWS = 64
+PASSES = 2
+DAMPING = 0.01
+SCALE_BITS, BIAS_BITS, MOST = 2, 6, 127
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rate:
+    """What a bit is worth.
+
+    Args:
+        trade: λ, nats of divergence from the float model's predictions for a bit.
+        importance: see ``kompakt.build.importance.output_importance``.
+    """
+
+    trade: float
+    importance: dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Prices:
+    """``ColumnPrices`` for tensors."""
+
+    columns: ColumnPrices
+
+    def column(self, index: int, q: Tensor, candidates: Tensor) -> Tensor:
+        """Return the bits of candidates, (n, rows)."""
+        return torch.from_numpy(self.columns.bits(index, q.numpy(), candidates.numpy()))
+
+
+def rate_distorted(w: Tensor, hessian: Tensor, importance: Tensor, trade: float) -> tuple[Tensor, Tensor]:
+    """Choose steps and integers of a weight.
+
+    Steps follow from λ and the importance of each channel, times a factor for the layer that is tried on some of
+    its rows. Prices are fitted to the integers, which are chosen by them, and so on (``PASSES`` times).
+
+    Args:
+        w: float weight, dimension 0 the output channels.
+        hessian: ``(groups, k, k)``, the mean of ``x xᵀ`` over the places where the layer applies its weight.
+        importance: ``(rows,)``.
+        trade: λ.
+
+    Returns:
+        Integers, int32, of the shape of ``w``; scale ``(rows,)``.
+    """
+    factor = inverse_factor(hessian, DAMPING)
+    base = torch.maximum(steps(factor, importance, trade), w.detach().abs().flatten(1).amax(1) / MOST)
+    base = base.clamp(min=1e-12)
+    tried = _spread_rows(w.shape[0], factor.shape[0])
+    best = min(
+        FACTORS, key=lambda wider: _trial(w, factor, coarse(base * wider, SCALE_BITS), (importance, trade), tried)
+    )
+    scale = coarse(base * best, SCALE_BITS)
+    q = _nearest(w, scale)
+    for _ in range(PASSES):
+        q, _ = trade_off(w, factor, scale, _prices(q), (importance, trade), MOST)
+    return q, scale
+
+
+def _trial(w: Tensor, factor: Tensor, scale: Tensor, weights: tuple[Tensor, float], rows: Tensor) -> float:
+    """The cost of some rows under a scale."""
+    importance, trade = weights
+    q = _nearest(w, scale)
+    for _ in range(PASSES):
+        prices = _Prices(columns=_prices(q).columns.rows(rows.numpy()))
+        found, cost = trade_off(w[rows], factor, scale[rows], prices, (importance[rows], trade), MOST)
+        q = q.clone()
+        q[rows] = found
+    return float(cost.sum())
+
+
+def _spread_rows(count: int, groups: int) -> Tensor:
+    """All rows, or some of them evenly spread where one group has many."""
+    if groups > 1 or count <= TRIAL_ROWS:
+        return torch.arange(count)
+    return torch.linspace(0, count - 1, TRIAL_ROWS).round().long()
+
+
+def _nearest(w: Tensor, scale: Tensor) -> Tensor:
+    wide = scale.reshape(-1, *(1,) * (w.ndim - 1))
+    return (w.detach() / wide).round().clamp(-MOST, MOST).to(torch.int32)
+
+
+def _prices(q: Tensor) -> _Prices:
+    return _Prices(columns=rate_model(q.numpy().astype(np.int8)).columns())
