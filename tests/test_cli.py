@@ -353,16 +353,6 @@ def test_packing_what_is_no_model_is_one_line(tmp_path: Path, run: Run) -> None:
         assert not (tmp_path / "out").exists()
 
 
-def test_packing_a_model_with_data_keeps_its_integers(tmp_path: Path, run: Run) -> None:
-    model = ("kompakt.zoo:resnet20", "--model-arg", "width=4", "--data", "sklearn/digits", "--input-size", "8")
-    status, out, err = run("pack", *model, "-o", tmp_path / "m.kpk", "--size-bytes", 16000, "--json")
-    assert status == 0, err
-    assert json.loads(out)["out_bytes"] == (tmp_path / "m.kpk").stat().st_size <= 16000
-    assert run("unpack", tmp_path / "m.kpk", "-o", tmp_path / "m.onnx")[0] == 0
-    assert run("pack", tmp_path / "m.onnx", "-o", tmp_path / "n.kpk")[0] == 0
-    assert (tmp_path / "n.kpk").read_bytes() == (tmp_path / "m.kpk").read_bytes()
-
-
 def test_packing_within_a_budget_needs_data(tmp_path: Path, run: Run) -> None:
     status, _, err = run("pack", tmp_path / "m.onnx", "-o", tmp_path / "m.kpk", "--max-drop", 1)
     assert status == 2
