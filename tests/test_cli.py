@@ -292,12 +292,12 @@ def test_prune_removes_channels_trains_and_measures(folder: Path, weights: Path,
 def test_pruned_weights_and_plan_rebuild_the_model_to_the_bit(tmp_path: Path, run: Run) -> None:
     from safetensors.torch import load_file
 
-    from kompakt.build.prune import prune_like
+    from kompakt.build.structure import restructured
 
     status, _, err = run("prune", MODEL, *SIZE, "--out", tmp_path / "p", "--channels", "0.5", "--quiet")
     assert status == 0, err
     state, plan = load_file(tmp_path / "p" / "pruned.safetensors"), Plan.read(tmp_path / "p" / "plan.json")
-    again = prune_like(residual(), plan, state)
+    again = restructured(residual(), plan, state)
     x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(3))
     session = onnxruntime.InferenceSession(str(tmp_path / "p" / "pruned.onnx"), providers=["CPUExecutionProvider"])
     with torch.no_grad():
@@ -357,3 +357,53 @@ def test_packing_within_a_budget_needs_data(tmp_path: Path, run: Run) -> None:
     status, _, err = run("pack", tmp_path / "m.onnx", "-o", tmp_path / "m.kpk", "--max-drop", 1)
     assert status == 2
     assert "--data" in err
+
+
+def test_distill_makes_a_student_trains_it_and_its_weights_come_back(
+    folder: Path, weights: Path, tmp_path: Path, run: Run
+) -> None:
+    from kompakt.build.structure import restructured
+    from kompakt.weights import read_weights
+
+    teacher = (MODEL, "--weights", weights, "--data", folder, *SIZE, "--epochs", 1, "--quiet")
+    out = tmp_path / "student"
+    status, _, err = run(
+        "distill", *teacher, "--student", "thinner:0.5", "--loss", "dkd", "--loss", "attention=2", "--out", out
+    )
+    assert status == 0, err
+    result = Result.read(out / "result.json")
+    assert [stage.name for stage in result.stages] == ["original", "student"]
+    assert result.stages[1].measurement.size_bytes < result.stages[0].measurement.size_bytes
+    assert "decoupled, attention" in result.stages[1].did
+    plan, state = Plan.read(out / "plan.json"), read_weights(out / "student.safetensors")
+    assert restructured(residual(), plan, state).conv1.weight.shape[0] == 4
+
+    own = tmp_path / "own"
+    options = ("--student", "tests.nets:branches", "--teacher", "original", "--teacher", out / "baseline.onnx")
+    status, _, err = run("distill", *teacher, *options, "--cache", "--out", own)
+    assert status == 0, err
+    assert (own / "teachers" / "baseline" / "part-0" / "outputs.npy").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (("--student", "smaller"), "student smaller: unknown; use shallower"),
+        (("--student", "tests.nets:tokens"), "Tokens: cannot be captured"),
+        (("--student", "thinner:0.5", "--temperature", "0"), "--temperature 0: expected a positive number"),
+        (("--student", "thinner:0.5", "--loss", "likeness"), "likeness: no such distillation loss"),
+        (("--student", "thinner:0.5", "--loss", "dist=x"), "--loss dist=x: expected LOSS or LOSS=WEIGHT"),
+        (("--student", "thinner:0.5", "--teacher", "big.pt"), "teacher big.pt: expected original, none or an ONNX"),
+        (("--student", "thinner:0.5", "--teacher", "none.onnx"), "none.onnx: no such file"),
+        (("--student", "thinner:0.5", "--cache", "--augment", "crop_and_flip"), "cache: augmentation makes"),
+    ],
+)
+def test_distill_says_in_one_line_what_does_not_fit(
+    options: tuple[str, ...], line: str, folder: Path, tmp_path: Path, run: Run
+) -> None:
+    status, out, err = run(
+        "distill", MODEL, "--data", folder, *SIZE, "--epochs", 1, *options, "--out", tmp_path / "out", "--quiet"
+    )
+    assert (status, out) == (2, "")
+    assert line in err
+    assert err.count("\n") == 1

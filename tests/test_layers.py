@@ -43,6 +43,7 @@ ORDER = (
         "ship",
         "shrink",
         "slim",
+        "teaching",
     },
     {"cli"},
 )

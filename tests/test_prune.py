@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from kompakt import zoo
 from kompakt.build.follow import follow
-from kompakt.build.prune import apply_prune, check, prune_like, removal, units_of, verify
+from kompakt.build.prune import apply_prune, check, removal, units_of, verify
+from kompakt.build.structure import restructured
 from kompakt.errors import PlanError
 from kompakt.graph.coupling import Coupling, couple
 from kompakt.graph.trace import trace
@@ -84,7 +85,7 @@ def test_half_of_a_family(name: str) -> None:
         assert verify(coupling, plan, pruned, EXAMPLE)
     if name in ("resnet20", "swin v2"):
         assert cost.macs == trace(pruned, EXAMPLE).graph.macs
-    reloaded = prune_like(FAMILIES[name](), plan, load(save(pruned.state_dict())))
+    reloaded = restructured(FAMILIES[name](), plan, load(save(pruned.state_dict())))
     with torch.no_grad():
         assert torch.equal(reloaded.eval()(EXAMPLE), pruned.eval()(EXAMPLE))
 
@@ -318,4 +319,4 @@ def test_saved_tensors_of_another_plan_are_refused() -> None:
     model, coupling = small()
     plan = removal(coupling, {"0": [0]})
     with pytest.raises(PlanError, match=r"0.weight: the plan gives shape \(5, 4\), saved was \(6, 4\)"):
-        prune_like(model, plan, model.state_dict())
+        restructured(model, plan, model.state_dict())

@@ -75,7 +75,7 @@ def compress(job: Job) -> Result:
     found = slim(job, example)
     capture = original if found.model is job.model else fold(trace(found.model, example))
     if found.did:
-        name = "pruned" if found.plan.entries else "trained"
+        name = found.name or ("pruned" if found.plan.entries else "trained")
         save_weights(found.model, job.out / f"{name}.safetensors")
         path = _export(job, capture, name)
         stages.append(StageFile(name=name, did=found.did, path=path, macs=capture.graph.macs))

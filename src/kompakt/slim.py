@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from kompakt.allotment import Timing, allotted, faster, loss_on
 from kompakt.augment import crop_and_flip
-from kompakt.build.distill import Objective, Teacher, Term
 from kompakt.build.drop import apply_drop
 from kompakt.build.follow import follow
 from kompakt.build.prune import apply_prune, units_of
 from kompakt.build.reconstruct import reconstruct
-from kompakt.build.train import Hooks, TrainSettings, reestimate_bn, shuffled, train
+from kompakt.build.train import Hooks, Objective, TrainSettings, reestimate_bn, shuffled, train
 from kompakt.data import Data
 from kompakt.errors import InputError
 from kompakt.graph.coupling import Coupling, couple
@@ -30,6 +29,7 @@ from kompakt.methods.sparse import SparseKnobs, masks, sparse
 from kompakt.numerics.saliency import saliency
 from kompakt.plan.plan import Plan, Quantize, Share
 from kompakt.plan.recipe import FinetuneSection, PruneSection, SparsifySection
+from kompakt.teaching import learner, objective, taught_by, teachers
 
 GRADIENT_EXAMPLES = 512
 FIT_EXAMPLES = 512
@@ -38,13 +38,14 @@ BN_EXAMPLES = 2048
 
 @dataclass(frozen=True, kw_only=True)
 class Slim:
-    """A smaller network, the plan that made it, what was done, and which weights stay in training."""
+    """A smaller network, the plan that made it, what was done, which weights stay in training, the stage's name."""
 
     model: nn.Module
     plan: Plan
     did: str
     left: tuple[Left, ...] = ()
     masks: Mapping[str, Tensor] = field(default_factory=dict)
+    name: str = ""
 
 
 def slim(job: Job, example: Tensor) -> Slim:
@@ -54,6 +55,9 @@ def slim(job: Job, example: Tensor) -> Slim:
         InputError, BudgetError: a knob does not fit the model, or the target cannot be reached.
     """
     prune, thin, tune = job.recipe.prune, job.recipe.sparsify, job.recipe.finetune
+    if (text := job.recipe.distill.student) is not None:
+        job.say(f"making the student {text}")
+        return _taught(job, text, example)
     found = Slim(model=job.model, plan=Plan(), did="")
     if job.plan is not None:
         found = _as_planned(job.model, job.plan, example)
@@ -67,7 +71,7 @@ def slim(job: Job, example: Tensor) -> Slim:
         found = sparsified(found, thin, example, job.data, job.seed)
     if tune.epochs:
         job.say(f"training for {tune.epochs} epochs")
-        found = tuned(found, job.model, job.data, tune, seed=job.seed, progress=job.progress)
+        found = tuned(found, job, tune, example, job.seed)
     return found
 
 
@@ -79,6 +83,16 @@ def _as_planned(model: nn.Module, plan: Plan, example: Tensor) -> Slim:
     return Slim(model=apply_prune(model, shapes, example).eval(), plan=shapes, did="channels removed by the plan given")
 
 
+def _taught(job: Job, text: str, example: Tensor) -> Slim:
+    """Make a student and train it."""
+    if job.recipe.prune is not None or job.recipe.sparsify is not None:
+        raise InputError(f"student {text}: prune and sparsify are for the model itself; thinner:0.7 prunes a student")
+    made = learner(job.model, text, example, start=job.recipe.distill.start, seed=job.seed)
+    found = Slim(model=made.model, plan=made.plan, did=f"student {text}", left=made.left, name="student")
+    tune = job.recipe.finetune
+    return tuned(found, job, tune, example, job.seed) if tune.epochs else found
+
+
 def _in_rounds(job: Job, prune: PruneSection, tune: FinetuneSection, example: Tensor) -> Slim:
     """Prune a little, train, and again (Han et al. 2015, arXiv:1506.02626); every round starts from the last."""
     if tune.epochs < prune.rounds:
@@ -88,7 +102,7 @@ def _in_rounds(job: Job, prune: PruneSection, tune: FinetuneSection, example: Te
     for turn in range(prune.rounds):
         job.say(f"round {turn + 1} of {prune.rounds}: removing channels")
         cut = pruned(found.model, job.data, part, example, job.seed, job.timing)
-        cut = tuned(cut, job.model, job.data, each, seed=job.seed + turn, progress=job.progress)
+        cut = tuned(cut, job, each, example, job.seed + turn)
         entries = (*found.plan.entries, *cut.plan.entries)
         found = Slim(model=cut.model, plan=Plan(entries=entries), did=cut.did, left=cut.left)
     did = f"pruned in {prune.rounds} rounds, each trained for {each.epochs} epochs; the last: {found.did}"
@@ -175,27 +189,27 @@ def _mended(
     return made
 
 
-def tuned(
-    found: Slim, original: nn.Module, data: Data, section: FinetuneSection, *, seed: int, progress: bool = False
-) -> Slim:
-    """Train the smaller network, with the original as teacher if the recipe says so."""
-    model = copy.deepcopy(found.model)
+def tuned(found: Slim, job: Job, section: FinetuneSection, example: Tensor, seed: int) -> Slim:
+    """Train the smaller network, taught as the recipe says; weights that were set to zero stay zero."""
+    model, distill = copy.deepcopy(found.model), job.recipe.distill
     settings = TrainSettings(
         epochs=section.epochs,
         learning_rate=section.learning_rate,
         warmup_epochs=min(1.0, section.epochs / 4),
         seed=seed,
     )
-    taught = section.teacher == "original" and section.distill > 0
-    term = Term(loss="soft_targets", weight=section.distill, knobs={"temperature": section.temperature})
-    objective = Objective(terms=(term,), task_weight=1 - section.distill) if taught else Objective()
     augment = crop_and_flip if section.augment == "crop_and_flip" else None
-    loader = shuffled(data.train, section.batch_size, seed=seed, augment=augment)
-    teachers = (Teacher(model=original),) if taught else ()
-    hooks = Hooks(progress=progress, after_step=(keeper(found.masks),) if found.masks else ())
-    train(model, loader, settings, objective=objective, teachers=teachers, hooks=hooks)
-    with_teacher = " with the original as teacher" if taught else ""
-    did = f"{found.did}; trained for {section.epochs} epochs{with_teacher}".removeprefix("; ")
+    loader = shuffled(job.data.train, section.batch_size, seed=seed, augment=augment)
+    who = teachers(section, distill, job.model, job.out, len(job.data.train))
+    goal = objective(section, distill, job.model, model, example) if who else Objective()
+    hooks = Hooks(
+        progress=job.progress,
+        after_step=(keeper(found.masks),) if found.masks else (),
+        tensorboard=job.out / "tensorboard" if section.tensorboard else None,
+    )
+    train(model, loader, settings, objective=goal, teachers=who, hooks=hooks)
+    said = taught_by(section, distill) if who else ""
+    did = f"{found.did}; trained for {section.epochs} epochs{said}".removeprefix("; ")
     return dataclasses.replace(found, model=model.eval(), did=did)
 
 

@@ -1,7 +1,7 @@
 """Remove channels: a new model with smaller tensors and the right attributes, never the one given.
 
 ``removal`` writes what is removed as a plan, ``check`` says whether a plan fits a model, ``apply_prune``
-carries it out, ``prune_like`` rebuilds a pruned model from its class, the plan and saved tensors.
+carries it out; ``kompakt.build.structure`` rebuilds a pruned model from its class, the plan and saved tensors.
 """
 
 import copy
@@ -198,27 +198,3 @@ def verify(coupling: Coupling, plan: Plan, pruned: nn.Module, example: Tensor | 
                 f"expected {expected[before.name]}; its code cuts at a fixed place"
             )
     return True
-
-
-def prune_like(model: nn.Module, plan: Plan, state: Mapping[str, Tensor]) -> nn.Module:
-    """Rebuild a pruned model from its original class, the plan and the saved tensors; no pickle is read.
-
-    Args:
-        model: a freshly built model of the original class; it is left as it was.
-        plan: the plan that the saved model was pruned by.
-        state: the pruned model's ``state_dict``, e.g. read by ``safetensors``.
-
-    Raises:
-        PlanError: the tensors are not those of this model pruned by this plan.
-    """
-    pruned = apply_prune(model, plan)
-    own = pruned.state_dict()
-    for name in (*own, *state):
-        if name not in own or name not in state:
-            raise PlanError(f"{name}: only in the {'saved tensors' if name in state else 'model'}")
-        if own[name].shape != state[name].shape:
-            raise PlanError(
-                f"{name}: the plan gives shape {tuple(own[name].shape)}, saved was {tuple(state[name].shape)}"
-            )
-    pruned.load_state_dict(dict(state))
-    return pruned

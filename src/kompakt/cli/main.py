@@ -9,6 +9,7 @@ import typer
 from kompakt.cli.bench import bench
 from kompakt.cli.compress import compress_command
 from kompakt.cli.demo import demo
+from kompakt.cli.distill import distill
 from kompakt.cli.export import check, export
 from kompakt.cli.flatten import flatten
 from kompakt.cli.inspect import analyze, inspect
@@ -37,6 +38,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "compress": compress_command,
     "quantize": quantize,
     "prune": prune,
+    "distill": distill,
     "finetune": finetune,
     "pack": pack,
     "unpack": unpack,

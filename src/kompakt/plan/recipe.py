@@ -98,16 +98,50 @@ class SparsifySection(Section):
 class FinetuneSection(Section):
     """``[finetune]``: training of the pruned network, taught by the original where ``teacher`` says so.
 
-    The loss is ``(1 - distill) · cross entropy + distill · soft targets`` at ``temperature``.
+    The loss is ``(1 - distill) · cross entropy + distill · Σ weight · term`` over the terms of ``[distill]``,
+    soft targets at ``temperature`` where it says nothing. ``teacher`` is ``original``, ``none``, an ONNX file, or
+    several of them, mixed evenly.
     """
 
     epochs: int = Field(default=0, ge=0)
     learning_rate: float = Field(default=0.02, gt=0)
     batch_size: int = Field(default=128, ge=1)
     augment: Literal["none", "crop_and_flip"] = "none"
-    teacher: Literal["original", "none"] = "original"
+    teacher: str | tuple[str, ...] = "original"
     distill: float = Field(default=0.5, ge=0, le=1)
     temperature: float = Field(default=4.0, gt=0)
+    tensorboard: bool = False
+
+
+class TermSection(Section):
+    """One term of ``[distill]``: see ``kompakt.build.distill.Term``.
+
+    Losses on features without taps compare the last tensor of every resolution stage. Losses on outputs take
+    their temperature from ``[finetune]`` unless ``knobs`` gives one.
+    """
+
+    loss: str = "soft_targets"
+    weight: float = Field(default=1.0, ge=0)
+    teacher: str | tuple[str, ...] | None = None
+    student: str | tuple[str, ...] | None = None
+    warmup_epochs: float = Field(default=0.0, ge=0)
+    decay_epochs: float = Field(default=0.0, ge=0)
+    standardize: bool = False
+    knobs: dict[str, float] = {}
+
+
+class DistillSection(Section):
+    """``[distill]``: which student learns, and how it is compared with its teachers.
+
+    ``student`` is made from the original (``kompakt.methods.students``) or a reference to the user's own; none
+    trains the network itself. ``start`` is ``teacher``, its weights, or ``random``. ``cache`` keeps the
+    teachers' outputs on disk, for training without augmentation.
+    """
+
+    student: str | None = None
+    start: Literal["teacher", "random"] = "teacher"
+    terms: tuple[TermSection, ...] = Field(default=(TermSection(),), min_length=1)
+    cache: bool = False
 
 
 class QatSection(FinetuneSection):
@@ -136,6 +170,7 @@ class Recipe(Section):
         8
     """
 
+    distill: DistillSection = DistillSection()
     prune: PruneSection | None = None
     sparsify: SparsifySection | None = None
     finetune: FinetuneSection = FinetuneSection()
