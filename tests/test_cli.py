@@ -407,3 +407,9 @@ def test_distill_says_in_one_line_what_does_not_fit(
     assert (status, out) == (2, "")
     assert line in err
     assert err.count("\n") == 1
+
+
+def test_compress_refuses_a_target_that_it_cannot_measure(folder: Path, tmp_path: Path, run: Run) -> None:
+    status, _, err = run("compress", MODEL, "--data", folder, *SIZE, "--target", "triton", "--out", tmp_path / "out")
+    assert status == 2
+    assert "kompakt export" in err

@@ -1,10 +1,10 @@
 """Quantization-aware training of a job: what its recipe's ``[qat]`` section says, on its training data."""
 
-from torch import nn
+from torch import Tensor, nn
 
 from kompakt.augment import crop_and_flip
 from kompakt.build.aware import aware, shipped, with_signs
-from kompakt.build.distill import Objective, Teacher, Term
+from kompakt.build.distill import Objective, Teacher
 from kompakt.build.train import Hooks, TrainSettings, shuffled, train
 from kompakt.errors import InputError
 from kompakt.graph.calibrate import Stats
@@ -12,6 +12,7 @@ from kompakt.graph.trace import Capture, trace
 from kompakt.job import Job
 from kompakt.plan.plan import Plan
 from kompakt.plan.recipe import FinetuneSection
+from kompakt.teaching import objective, teachers
 
 
 def trained(job: Job, model: nn.Module, plan: Plan, stats: Stats) -> tuple[Capture, Capture, Plan]:
@@ -33,7 +34,7 @@ def trained(job: Job, model: nn.Module, plan: Plan, stats: Stats) -> tuple[Captu
     signed = with_signs(plan, section.weights)
     made = aware(trace(model, example), signed, stats, section.weights, job.seed)
     job.say(f"quantization-aware training for {section.epochs} epochs")
-    teachers, objective = taught(job.model, section)
+    who, goal = taught(job, made.module, section, example)
     loader = shuffled(job.data.train, section.batch_size, seed=job.seed, augment=_augment(section))
     settings = TrainSettings(
         epochs=section.epochs,
@@ -42,18 +43,20 @@ def trained(job: Job, model: nn.Module, plan: Plan, stats: Stats) -> tuple[Captu
         channels_last=True,
         seed=job.seed,
     )
-    hooks = Hooks(progress=job.progress)
-    train(made.module, loader, settings, objective=objective, teachers=teachers, hooks=hooks)
+    board = job.out / "tensorboard" if section.tensorboard else None
+    hooks = Hooks(progress=job.progress, tensorboard=board)
+    train(made.module, loader, settings, objective=goal, teachers=who, hooks=hooks)
     ships, below = shipped(made, stats)
     return ships, below, signed
 
 
-def taught(original: nn.Module, section: FinetuneSection) -> tuple[tuple[Teacher, ...], Objective]:
-    """Return the teachers and the objective that a section asks for."""
-    if section.teacher == "none" or not section.distill:
-        return (), Objective()
-    term = Term(loss="soft_targets", weight=section.distill, knobs={"temperature": section.temperature})
-    return (Teacher(model=original),), Objective(terms=(term,), task_weight=1 - section.distill)
+def taught(
+    job: Job, student: nn.Module, section: FinetuneSection, example: Tensor
+) -> tuple[tuple[Teacher, ...], Objective]:
+    """Return the teachers and the objective that a section asks for, as for fine-tuning."""
+    distill = job.recipe.distill
+    who = teachers(section, distill, job.model, job.out, len(job.data.train))
+    return who, objective(section, distill, job.model, student, example) if who else Objective()
 
 
 def _augment(section: FinetuneSection) -> object:

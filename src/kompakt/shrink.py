@@ -25,8 +25,8 @@ from kompakt.measure.result import Drop
 from kompakt.methods.rate import weights_only
 
 EXAMPLES, BATCH = 512, 32
-FIRST, STRIDE, LEAST, MOST = 1e-7, 4.0, 1e-12, 1e-3
-HALVINGS = 3
+FIRST, STRIDE, LEAST, MOST = 3e-8, 4.0, 1e-12, 1e-3
+HALVINGS = 2
 NO_STATS = Stats(histograms={}, means={}, examples=0)
 
 

@@ -8,6 +8,7 @@ import typer
 from kompakt.artifact.targets import target
 from kompakt.cli.options import DataOptions, ModelOptions, RunOptions
 from kompakt.cli.voice import show, speaking
+from kompakt.errors import InputError
 from kompakt.files import writable_folder
 from kompakt.job import Job
 from kompakt.plan.plan import Plan
@@ -47,6 +48,8 @@ def run_job(
 ) -> None:
     """Load everything, compress by the recipe or by a plan made before, write the report, show the figures."""
     runtime = target(target_name)
+    if runtime.suffix != ".onnx":
+        raise InputError(f"--target {target_name}: compress measures ONNX files alone; use kompakt export for this one")
     network = model.load(run.seed)
     metric = data.load_metric()
     folder = writable_folder(out)
