@@ -146,12 +146,10 @@ def _ranking(ranked: list[dict[str, Any]]) -> list[str]:
     for tool, setting, mend in names:
         shown = []
         for ratio in ratios:
-            found = [
-                c
-                for c in ranked
-                if (c["key"]["tool"], c["key"]["setting"], c["key"]["ratio"]) == (tool, setting, ratio)
-            ]
-            shown.append(f"{100 * found[-1]['accuracy']:.1f}" if found else "–")
+            wanted = {"tool": tool, "setting": setting, "mend": mend, "ratio": ratio}
+            found = [cell for cell in ranked if wanted.items() <= cell["key"].items()]
+            most = max(found, key=lambda cell: cell["key"]["images"], default=None)
+            shown.append(f"{100 * most['accuracy']:.1f}" if most else "–")
         lines.append(f"| {tool} | {setting} | {mend} | {' | '.join(shown)} |")
     return lines
 

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from kompakt import allotment
-from kompakt.allotment import Timing, allotted, faster
+from kompakt.allotment import Timing, allotted, faster, loss_on
 from kompakt.artifact.targets import target
+from kompakt.data import Data
 from kompakt.errors import BudgetError, InputError
 from kompakt.graph.coupling import couple
 from kompakt.graph.trace import trace
+from kompakt.loaders import loader_split
 from kompakt.measure.layer_times import layer_times, table_key
 from kompakt.methods.channels import Knobs
 from kompakt.methods.latency import Case
@@ -128,3 +130,18 @@ def test_a_share_of_single_weights_goes() -> None:
     found = sparsified(Slim(model=net(), plan=Plan(), did=""), SparsifySection(sparsity=0.75), EXAMPLE, None, 0)
     for name in ("0.weight", "2.weight", "6.weight"):
         assert float((found.model.get_parameter(name) == 0).float().mean()) == pytest.approx(0.75, abs=0.01)
+
+
+def test_effects_are_measured_on_batches_of_mixed_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, seen = _in_order_of_classes(), []
+    monkeypatch.setattr(allotment, "reestimate_bn", lambda model, batches: seen.extend(batches))
+    loss_on(data, seed=0)(net())
+    assert len(seen) == 4
+    assert all(len(labels.unique()) == 4 for _, labels in seen)
+
+
+def _in_order_of_classes() -> Data:
+    labels = torch.arange(4).repeat_interleave(64)
+    images = torch.randn(256, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    split = loader_split([(images, labels)], "train")
+    return Data(train=split, validation=split, test=split)

@@ -326,6 +326,8 @@ def test_a_recipe_prunes_trains_and_quantizes_in_one_run(folder: Path, tmp_path:
         (("--channels", "0.5", "--ignore", "conv9"), "conv"),
         (("--channels", "0.5", "--criterion", "luck"), "luck"),
         (("--channels", "0.5", "--finetune-epochs", "1"), "--data"),
+        (("--unstructured", "0.9", "--drop-blocks", "1"), "--drop-blocks"),
+        (("--nm", "2:4", "--rounds", "2"), "--rounds"),
     ],
 )
 def test_bad_pruning_input_is_one_line(options: tuple[str, ...], says: str, tmp_path: Path, run: Run) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -134,7 +135,10 @@ def faster(
 def loss_on(data: Data, seed: int) -> Callable[[nn.Module], float]:
     """Return a score for measuring effects: minus the cross entropy on training examples, batch norms mended."""
     part = data.train.subset(min(EFFECT_EXAMPLES, len(data.train)), seed=seed)
-    batches = list(part.batches(64))
+    inputs, labels = map(torch.cat, zip(*part.batches(64), strict=True))
+    # A folder lies in the order of its classes: batches of one class would give batch norms that class's variance.
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    batches = [(inputs[places], labels[places]) for places in order.split(64)]
 
     def score(model: nn.Module) -> float:
         made = copy.deepcopy(model)

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -97,11 +98,16 @@ def _in_rounds(job: Job, prune: PruneSection, tune: FinetuneSection, example: Te
     """Prune a little, train, and again (Han et al. 2015, arXiv:1506.02626); every round starts from the last."""
     if tune.epochs < prune.rounds:
         raise InputError(f"{prune.rounds} rounds need at least as many epochs of training, found {tune.epochs}")
+    if job.recipe.sparsify is not None or job.plan is not None:
+        raise InputError(
+            f"{prune.rounds} rounds go with channels alone: leave out single weights and the plan, or rounds"
+        )
     part, each = _share(prune), tune.model_copy(update={"epochs": tune.epochs // prune.rounds})
     found = Slim(model=job.model, plan=Plan(), did="")
     for turn in range(prune.rounds):
         job.say(f"round {turn + 1} of {prune.rounds}: removing channels")
-        cut = pruned(found.model, job.data, part, example, job.seed, job.timing)
+        first = {"drop_blocks": 0 if turn else prune.drop_blocks}
+        cut = pruned(found.model, job.data, part.model_copy(update=first), example, job.seed, job.timing)
         cut = tuned(cut, job, each, example, job.seed + turn)
         entries = (*found.plan.entries, *cut.plan.entries)
         found = Slim(model=cut.model, plan=Plan(entries=entries), did=cut.did, left=cut.left)
@@ -145,7 +151,7 @@ def pruned(
     """
     blocks = dropped(model, data, section.drop_blocks, example, seed)
     coupling = follow(blocks.model, couple(trace(blocks.model, example).graph), example)
-    scoring = Scoring(criterion=section.criterion, seed=seed)
+    scoring = Scoring(criterion=section.criterion, seed=seed, **_units(section))
     grads = gradients(blocks.model, data, seed) if "grad" in saliency(section.criterion).needs else None
     scores = unit_scores(coupling, dict(blocks.model.state_dict()), scoring, grads)
     knobs, speed = _knobs(section), None
@@ -211,6 +217,12 @@ def tuned(found: Slim, job: Job, section: FinetuneSection, example: Tensor, seed
     said = taught_by(section, distill) if who else ""
     did = f"{found.did}; trained for {section.epochs} epochs{said}".removeprefix("; ")
     return dataclasses.replace(found, model=model.eval(), did=did)
+
+
+def _units(section: PruneSection) -> dict[str, Any]:
+    """Leave Taylor scores in units of the loss where groups are weighed against each other."""
+    weighed = section.allocation in ("global", "knapsack", "latency") and section.criterion.startswith("taylor")
+    return {"normalisation": "none", "reduction": "sum"} if weighed else {}
 
 
 def _knobs(section: PruneSection) -> Knobs:

@@ -84,6 +84,10 @@ class PruneOptions:
         sizes = (self.channels, self.fewer_macs, self.fewer_params, self.times_faster)
         given = [value for value in sizes if value is not None]
         if not given and (self.unstructured is not None or self.nm is not None):
+            if self.drop_blocks or self.rounds > 1:
+                raise InputError(
+                    "--drop-blocks and --rounds go with channels: add one of --channels 0.5, --fewer-macs 2"
+                )
             return None
         if len(given) != 1:
             raise InputError("say how much to remove: one of --channels 0.5, --fewer-macs 2 and --fewer-params 2")
