@@ -145,3 +145,13 @@ def _in_order_of_classes() -> Data:
     images = torch.randn(256, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     split = loader_split([(images, labels)], "train")
     return Data(train=split, validation=split, test=split)
+
+
+def test_single_weights_have_criteria_of_their_own() -> None:
+    from kompakt.cli.prune import PruneOptions
+
+    assert PruneOptions(unstructured=0.5).sparse_section().criterion == "magnitude"
+    assert PruneOptions(unstructured=0.5, criterion="lamp").sparse_section().criterion == "lamp"
+    assert PruneOptions(unstructured=0.5, channels=0.5, criterion="taylor").sparse_section().criterion == "magnitude"
+    with pytest.raises(InputError, match="--criterion taylor"):
+        PruneOptions(nm="2:4", criterion="taylor").sparse_section()

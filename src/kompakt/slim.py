@@ -66,7 +66,8 @@ def slim(job: Job, example: Tensor) -> Slim:
         return _in_rounds(job, prune, tune, example)
     if prune is not None:
         job.say("removing channels")
-        found = pruned(job.model, job.data, prune, example, job.seed, job.timing)
+        cut = pruned(found.model, job.data, prune, example, job.seed, job.timing)
+        found = dataclasses.replace(cut, plan=Plan(entries=(*found.plan.entries, *cut.plan.entries)))
     if thin is not None:
         job.say("setting weights to zero")
         found = sparsified(found, thin, example, job.data, job.seed)

@@ -23,6 +23,9 @@ from kompakt.plan.recipe import BudgetSection, FinetuneSection, PruneSection, Re
 from kompakt.slim import Slim, pruned, sparsified
 from kompakt.weights import save_weights
 
+SINGLE = ("magnitude", "lamp", "sensitivity")
+"""Criteria of single weights; where channels go as well, ``--criterion`` is theirs and weights go by magnitude."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
@@ -119,7 +122,15 @@ class PruneOptions:
             raise InputError(f"--unstructured {self.unstructured:g}: expected a share between 0 and 1, such as 0.9")
         if self.nm is not None and not fullmatch(r"[1-9]\d*:[1-9]\d*", self.nm):
             raise InputError(f"--nm {self.nm}: expected N:M, such as 2:4")
-        return SparsifySection(sparsity=self.unstructured, n_of_m=self.nm, ignore=tuple(self.ignore or ()))
+        alone = self.criterion if self.section() is None and self.criterion != "l2" else "magnitude"
+        if alone not in SINGLE:
+            raise InputError(f"--criterion {alone}: scores channels; for single weights use {', '.join(SINGLE)}")
+        return SparsifySection(
+            sparsity=self.unstructured,
+            n_of_m=self.nm,
+            criterion=alone,  # type: ignore[arg-type]  # one of SINGLE
+            ignore=tuple(self.ignore or ()),
+        )
 
 
 def prune(
