@@ -3,7 +3,6 @@
 import mmap
 import zlib
 from contextlib import suppress
-from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ import numpy as np
 from kompakt.artifact.index import HEADER_BYTES, read_header, read_index
 from kompakt.artifact.records import Part
 from kompakt.artifact.restore import restore, restored_dtype, restored_shape
-from kompakt.coding.planes import KINDS, groups, join, pieces, specs
-from kompakt.coding.unblock import decode_block
+from kompakt.coding.pieces import decode_pieces
+from kompakt.coding.planes import KINDS, pieces
 from kompakt.errors import FormatError, InputError
 
 BASE_BYTES, RATIO = 2**28, 4096
@@ -105,17 +104,7 @@ class Reader:
         data = self._data[self._starts[number] :][: block.size_bytes]
         if zlib.crc32(data) != block.checksum:
             raise FormatError(f"{where} is damaged (its checksum differs); fetch the file again")
-        held = self._contents[number]
-        plan = groups(held)
-        wanted = [specs(group.shape, group.dtype) for group in plan]
-        members = iter(decode_block(data, [spec for found in wanted for spec in found], where))
-        decoded: list[np.ndarray] = [np.zeros(0)] * len(held)
-        for group, found in zip(plan, wanted, strict=True):
-            flat = join([next(members) for _ in found], group.dtype).reshape(-1)
-            ends = np.cumsum([0, *(prod(held[place][0]) for place in group.places)]).tolist()
-            for place, (start, end) in zip(group.places, pairwise(ends), strict=True):
-                decoded[place] = flat[start:end]
-        return decoded
+        return decode_pieces(data, self._contents[number], where)
 
     def _check_size(self) -> None:
         """Compare what the tensors take, stored and restored, with the limit."""

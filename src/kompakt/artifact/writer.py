@@ -14,9 +14,8 @@ import numpy as np
 
 from kompakt.artifact.index import HEADER_BYTES, Block, Index, Splice, compress, write_header, write_index
 from kompakt.artifact.records import Part, Record, few_values, ordered, to_bits
-from kompakt.coding.block import encode_block
-from kompakt.coding.options import Integers
-from kompakt.coding.planes import KINDS, groups, pieces, split
+from kompakt.coding.pieces import encode_pieces
+from kompakt.coding.planes import KINDS, pieces
 from kompakt.errors import InputError
 from kompakt.files import atomic_path
 from kompakt.spec import QuantSpec
@@ -138,9 +137,9 @@ class Writer:
         if self._pieces:
             pieces, self._pieces, self._values = self._pieces, [], 0
             if self._pool is None:
-                self._write(_encode(pieces), len(pieces))
+                self._write(encode_pieces(pieces), len(pieces))
             else:
-                self._waiting.append((self._pool.submit(_encode, pieces), len(pieces)))
+                self._waiting.append((self._pool.submit(encode_pieces, pieces), len(pieces)))
                 if len(self._waiting) > WAITING:
                     self._write_next()
 
@@ -152,16 +151,6 @@ class Writer:
         self._file.write(data)
         self._blocks.append(Block(len(data), pieces, zlib.crc32(data)))
         self._end += len(data)
-
-
-def _encode(held: list[tuple[np.ndarray, str]]) -> bytes:
-    """The block of some pieces."""
-    members: list[Integers] = []
-    for group in groups([(piece.shape, dtype) for piece, dtype in held]):
-        arrays = [held[place][0] for place in group.places]
-        joined = arrays[0] if len(arrays) == 1 else np.concatenate([array.reshape(-1) for array in arrays])
-        members += split(joined.reshape(group.shape), group.dtype)
-    return encode_block(members)
 
 
 @contextmanager
