@@ -1,0 +1,271 @@
+"""Laws of updates: what a receiver holds, what a sender remembers, what is refused."""
+
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kompakt.errors import FormatError, InputError
+from kompakt.federated import Feedback, UpdateSpec, decode_update, encode_update, hash_state
+from kompakt.zoo import resnet20
+
+EIGHT = UpdateSpec(ratio=None, bits=8, rounding="nearest")
+TOP = UpdateSpec(ratio=None, selection="top", keep=0.1, rounding="nearest")
+RANDOM = UpdateSpec(ratio=None, selection="random", keep=0.25, rounding="stochastic")
+ABOVE = UpdateSpec(ratio=None, selection="threshold", threshold=1.5, rounding="nearest")
+SPECS = [UpdateSpec(), UpdateSpec(ratio=8, rounding="stochastic"), EIGHT, TOP, RANDOM, ABOVE]
+State = dict[str, Tensor]
+
+
+def state(seed: int, dtype: torch.dtype = torch.float32) -> State:
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "conv.weight": torch.randn(8, 4, 3, 3, generator=g).to(dtype),
+        "bn.weight": torch.randn(8, generator=g).to(dtype),
+        "bn.running_mean": torch.randn(8, generator=g).to(dtype),
+        "bn.running_var": (torch.rand(8, generator=g) + 0.1).to(dtype),
+        "bn.num_batches_tracked": torch.tensor(seed * 7 - 3),
+        "mask": torch.rand(5, generator=g) > 0.5,
+        "empty": torch.zeros(0, 3, dtype=dtype),
+        "scalar": torch.randn((), generator=g).to(dtype),
+    }
+
+
+def near(base: State, seed: int) -> State:
+    other = state(seed, base["conv.weight"].dtype)
+    return {n: ((t + 0.1 * other[n]).to(t.dtype) if t.is_floating_point() else other[n]) for n, t in base.items()}
+
+
+WEIGHTS = ("conv.weight", "bn.weight", "scalar")
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_what_arrives_and_the_residual_make_the_difference(spec: UpdateSpec, dtype: torch.dtype) -> None:
+    base = state(0, dtype)
+    new, feedback = near(base, 1), Feedback()
+    found = decode_update(encode_update(new, base, spec, feedback=feedback, seed=5), base)
+    assert list(found) == list(base)
+    for name, tensor in found.items():
+        assert (tensor.shape, tensor.dtype) == (base[name].shape, base[name].dtype)
+    for name in ("bn.num_batches_tracked", "mask", "empty"):
+        assert torch.equal(found[name], new[name])
+    slack = 8 * torch.finfo(dtype).eps
+    for name in WEIGHTS:
+        whole = found[name].double() + feedback.residual[name].double()
+        assert torch.allclose(whole, new[name].double(), atol=slack * 4, rtol=slack), name
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_equal_inputs_make_equal_bytes_and_nothing_is_changed(spec: UpdateSpec) -> None:
+    base, new = state(0), near(state(0), 1)
+    before = hash_state(base), hash_state(new)
+    first = encode_update(new, base, spec, seed=1)
+    assert first == encode_update(new, base, spec, seed=1)
+    decode_update(first, base)
+    assert (hash_state(base), hash_state(new)) == before
+
+
+def test_statistics_follow_within_half_a_step_and_variances_stay_positive() -> None:
+    base, new = state(0), near(state(0), 1)
+    new["bn.running_var"] = torch.tensor([0.0, 1e-8, 100.0, *base["bn.running_var"][3:].tolist()])
+    found = decode_update(encode_update(new, base, EIGHT), base)
+    half = 2.0**-EIGHT.statistic_bits / 2
+    limit = half * (base["bn.running_var"] + 1e-5).sqrt() * 1.001
+    assert bool(((found["bn.running_mean"] - new["bn.running_mean"]).abs() <= limit).all())
+    assert bool(
+        ((found["bn.running_var"] - new["bn.running_var"]).abs()[2:] <= half * 1.001 * base["bn.running_var"][2:]).all()
+    )
+    assert bool((found["bn.running_var"] > 0).all())
+
+
+@pytest.mark.parametrize("ratio", [10, 30, 100])
+@pytest.mark.parametrize("rounding", ["nearest", "rate-distortion"])
+def test_a_ratio_is_kept_and_used(ratio: float, rounding: str) -> None:
+    base, new = trained()
+    size = len(encode_update(new, base, UpdateSpec(ratio=ratio, rounding=rounding)))  # type: ignore[arg-type]
+    room = sum(t.numel() * t.element_size() for t in base.values()) / ratio
+    assert 0.85 * room <= size <= room
+
+
+def test_rate_and_distortion_lose_less_than_rounding_at_the_same_ratio() -> None:
+    base, new = trained()
+    errors = []
+    for rounding in ("rate-distortion", "nearest"):
+        spec = UpdateSpec(ratio=100, rounding=rounding)  # type: ignore[arg-type]
+        found = decode_update(encode_update(new, base, spec), base)
+        errors.append(sum(float((found[n] - new[n]).square().sum()) for n in base if n.endswith("weight")))
+    assert errors[0] < errors[1]
+
+
+def trained() -> tuple[State, State]:
+    torch.manual_seed(0)
+    model = resnet20()
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    for _ in range(3):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(torch.randn(32, 3, 16, 16)), torch.arange(32) % 10).backward()
+        optimizer.step()
+    return base, model.state_dict()
+
+
+def test_what_was_not_sent_is_sent_later() -> None:
+    target, base, feedback = near(state(0), 1), state(0), Feedback()
+    goal, gap = target, []
+    for _ in range(12):
+        base = decode_update(encode_update(goal, base, TOP, feedback=feedback), base)
+        gap.append(float((base["conv.weight"] - target["conv.weight"]).abs().max()))
+        goal = base  # the client trains no further: only the residual is left
+    assert gap[-1] < 0.2 * gap[0]
+
+
+def test_the_residual_survives_a_restart(tmp_path: Path) -> None:
+    base, feedback = state(0), Feedback()
+    middle = decode_update(encode_update(near(base, 1), base, feedback=feedback), base)
+    feedback.save(tmp_path / "client.safetensors")
+    again = Feedback.load(tmp_path / "client.safetensors")
+    new = near(middle, 2)
+    assert encode_update(new, middle, feedback=again) == encode_update(new, middle, feedback=feedback)
+    assert Feedback.load(tmp_path / "none.safetensors").residual == {}
+
+
+def test_a_refused_message_is_not_lost(tmp_path: Path) -> None:
+    base, new, feedback = state(0), near(state(0), 1), Feedback()
+    encode_update(new, base, TOP, feedback=feedback)
+    feedback.save(tmp_path / "f")
+    feedback = Feedback.load(tmp_path / "f")
+    feedback.settle(accepted=False)
+    for name in WEIGHTS:
+        assert torch.allclose(feedback.residual[name], new[name] - base[name], atol=1e-6)
+    kept = {name: tensor.clone() for name, tensor in feedback.residual.items()}
+    feedback.settle(accepted=False)
+    assert all(torch.equal(kept[name], feedback.residual[name]) for name in kept)
+
+
+def test_a_damaged_feedback_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"no safetensors")
+    with pytest.raises(FormatError, match="not a saved feedback"):
+        Feedback.load(tmp_path / "f")
+
+
+def test_a_failed_encoding_leaves_the_feedback() -> None:
+    base, feedback = state(0), Feedback()
+    bad = near(base, 1) | {"scalar": torch.tensor(float("nan"))}
+    with pytest.raises(InputError, match="scalar: not finite"):
+        encode_update(bad, base, feedback=feedback)
+    assert feedback.residual == {} and feedback.sent == {}
+
+
+def test_states_that_differ_are_refused() -> None:
+    base = state(0)
+    with pytest.raises(InputError, match="mask"):
+        encode_update({n: t for n, t in base.items() if n != "mask"}, base)
+    with pytest.raises(InputError, match="expected as in the base"):
+        encode_update(base | {"scalar": torch.zeros(1)}, base)
+
+
+@pytest.mark.parametrize("change", ["value", "shape", "name", "dtype"])
+def test_another_base_is_refused(change: str) -> None:
+    base = state(0)
+    data = encode_update(near(base, 1), base)
+    other = dict(base)
+    other["scalar"] = {
+        "value": base["scalar"] + 1,
+        "shape": base["scalar"][None],
+        "dtype": base["scalar"].double(),
+    }.get(change, base["scalar"])
+    if change == "name":
+        other["other"] = other.pop("scalar")
+    with pytest.raises(FormatError, match="another base|members|number of places"):
+        decode_update(data, other)
+
+
+def sealed(data: bytes) -> bytes:
+    """The message as a hostile sender would close it: with the right checksum."""
+    return data[:-4] + zlib.crc32(data[:-4]).to_bytes(4, "little")
+
+
+def test_every_truncation_is_refused_even_with_the_right_checksum() -> None:
+    base = state(0)
+    data = encode_update(near(base, 1), base, EIGHT)
+    for end in range(0, len(data) - 1, 7):
+        for message in (data[:end], sealed(data[: end + 4]) if end > 27 else b""):
+            with pytest.raises(FormatError):
+                decode_update(message, base)
+    with pytest.raises(FormatError):
+        decode_update(sealed(data + b"\0"), base)
+
+
+def test_steps_that_overflow_are_refused() -> None:
+    big = {"w": torch.full((64,), 3e38)}
+    base = {"w": torch.zeros(64)}
+    data = encode_update(big, base, EIGHT)
+    assert bool(decode_update(data, base)["w"].isfinite().all())
+    halves = {"w": torch.full((64,), 6e4, dtype=torch.float16)}
+    lower = {"w": torch.zeros(64, dtype=torch.float16)}
+    message = encode_update(halves, lower, EIGHT)
+    moved = {"w": torch.full((64,), 3e4, dtype=torch.float16)}
+    hostile = sealed(message[:6] + hash_state(moved) + message[22:])
+    with pytest.raises(FormatError, match="not finite"):
+        decode_update(hostile, moved)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from([EIGHT, TOP, RANDOM]), st.data())
+def test_hostile_bytes_are_refused_or_make_a_state_of_the_base_shape(spec: UpdateSpec, data: st.DataObject) -> None:
+    base = state(0)
+    message = bytearray(encode_update(near(base, 1), base, spec))
+    for _ in range(data.draw(st.integers(1, 4))):
+        message[data.draw(st.integers(4, len(message) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        found = decode_update(sealed(bytes(message)), base)
+    except FormatError as error:
+        assert "\n" not in str(error)
+        return
+    for name, tensor in found.items():
+        assert tensor.shape == base[name].shape and tensor.dtype == base[name].dtype
+        assert not tensor.is_floating_point() or bool(tensor.isfinite().all())
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, 6), max_size=4), min_size=1, max_size=4),
+    st.sampled_from(SPECS),
+    st.integers(0, 2**63),
+)
+def test_any_shapes_return(shapes: list[list[int]], spec: UpdateSpec, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    base = {f"t{i}": torch.randn(shape, generator=g) for i, shape in enumerate(shapes)}
+    new = {name: tensor + torch.randn(tensor.shape, generator=g) for name, tensor in base.items()}
+    feedback = Feedback()
+    found = decode_update(encode_update(new, base, spec, feedback=feedback, seed=seed), base)
+    assert all(torch.allclose(found[n] + feedback.residual[n], new[n], atol=1e-5) for n in base)
+
+
+def test_a_large_tensor_goes_in_pieces() -> None:
+    base = {"w": torch.zeros(2**21 + 5), "n": torch.zeros((), dtype=torch.int64)}
+    new = {"w": torch.zeros(2**21 + 5), "n": torch.tensor(2**62)}
+    new["w"][::1000] = 1.0
+    found = decode_update(encode_update(new, base, EIGHT), base)
+    assert torch.equal(found["n"], new["n"])
+    assert float((found["w"] - new["w"]).abs().max()) < 0.05
+
+
+def test_the_downlink_loses_nothing_without_feedback() -> None:
+    held, target = state(0), near(state(0), 1)
+    for _ in range(8):
+        held = decode_update(encode_update(target, held, TOP), held)
+    assert float((held["conv.weight"] - target["conv.weight"]).abs().max()) < 0.02
+
+
+@pytest.mark.parametrize(
+    "knobs", [{"ratio": 0.5}, {"bits": 1}, {"keep": 0.0}, {"selection": "best"}, {"rounding": "up"}]
+)
+def test_a_spec_out_of_range_is_one_line(knobs: dict[str, object]) -> None:
+    with pytest.raises(InputError, match=next(iter(knobs))):
+        UpdateSpec(**knobs)  # type: ignore[arg-type]
