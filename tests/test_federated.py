@@ -77,9 +77,8 @@ def test_statistics_follow_within_half_a_step_and_variances_stay_positive() -> N
     half = 2.0**-EIGHT.statistic_bits / 2
     limit = half * (base["bn.running_var"] + 1e-5).sqrt() * 1.001
     assert bool(((found["bn.running_mean"] - new["bn.running_mean"]).abs() <= limit).all())
-    assert bool(
-        ((found["bn.running_var"] - new["bn.running_var"]).abs()[2:] <= half * 1.001 * base["bn.running_var"][2:]).all()
-    )
+    moved = (found["bn.running_var"] - new["bn.running_var"]).abs()[2:]
+    assert bool((moved <= half * 1.001 * base["bn.running_var"][2:]).all())
     assert bool((found["bn.running_var"] > 0).all())
 
 
@@ -158,7 +157,8 @@ def test_a_failed_encoding_leaves_the_feedback() -> None:
     bad = near(base, 1) | {"scalar": torch.tensor(float("nan"))}
     with pytest.raises(InputError, match="scalar: not finite"):
         encode_update(bad, base, feedback=feedback)
-    assert feedback.residual == {} and feedback.sent == {}
+    assert feedback.residual == {}
+    assert feedback.sent == {}
 
 
 def test_states_that_differ_are_refused() -> None:
@@ -174,14 +174,12 @@ def test_another_base_is_refused(change: str) -> None:
     base = state(0)
     data = encode_update(near(base, 1), base)
     other = dict(base)
-    other["scalar"] = {
-        "value": base["scalar"] + 1,
-        "shape": base["scalar"][None],
-        "dtype": base["scalar"].double(),
-    }.get(change, base["scalar"])
+    scalar = base["scalar"]
+    changes = {"value": scalar + 1, "shape": scalar[None], "dtype": scalar.double()}
+    other["scalar"] = changes.get(change, scalar)
     if change == "name":
         other["other"] = other.pop("scalar")
-    with pytest.raises(FormatError, match="another base|members|number of places"):
+    with pytest.raises(FormatError, match="another base"):
         decode_update(data, other)
 
 
@@ -224,11 +222,10 @@ def test_hostile_bytes_are_refused_or_make_a_state_of_the_base_shape(spec: Updat
         message[data.draw(st.integers(4, len(message) - 1))] = data.draw(st.integers(0, 255))
     try:
         found = decode_update(sealed(bytes(message)), base)
-    except FormatError as error:
-        assert "\n" not in str(error)
+    except FormatError:
         return
     for name, tensor in found.items():
-        assert tensor.shape == base[name].shape and tensor.dtype == base[name].dtype
+        assert (tensor.shape, tensor.dtype) == (base[name].shape, base[name].dtype)
         assert not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
@@ -258,7 +255,8 @@ def test_a_large_tensor_goes_in_pieces() -> None:
 
 def test_the_downlink_loses_nothing_without_feedback() -> None:
     held, target = state(0), near(state(0), 1)
-    for _ in range(8):
+    # A tenth each time: after ten rounds every value was sent once.
+    for _ in range(12):
         held = decode_update(encode_update(target, held, TOP), held)
     assert float((held["conv.weight"] - target["conv.weight"]).abs().max()) < 0.02
 

@@ -20,7 +20,7 @@ from kompakt.numerics.updates import (
 
 MOST_CODE = 2**15 - 1
 JOINED = 2**12
-SAMPLE = 2**18
+SAMPLE = 2**16
 HALVINGS = 9
 SPAN = 128
 

@@ -53,19 +53,19 @@ def round_rate_distortion(x: Tensor, lagrange: float = LAGRANGE) -> Tensor:
     """
     size = x.abs().reshape(-1)
     low, best = size.floor(), size.round()
+    lower, upper = low.clamp(max=256).int(), (low + 1).clamp(max=256).int()
     for _ in range(ROUNDS):
-        price = _prices(best)
-        candidates = torch.stack([torch.zeros_like(size), low, low + 1])
-        places = candidates.clamp(max=price.numel() - 1).long()
-        choice = ((size - candidates).square() + lagrange * price[places]).argmin(0, keepdim=True)
-        best = candidates.gather(0, choice)[0]
+        price = lagrange * _prices(best)
+        fall = (size - low).square_().add_(price.index_select(0, lower))
+        rise = (low + 1 - size).square_().add_(price.index_select(0, upper))
+        best = torch.where(rise < fall, low + 1, low)
+        best = torch.where(size.square().add_(price[0]) <= torch.minimum(fall, rise), 0.0, best)
     return best.reshape(x.shape) * x.sign()
 
 
 def _prices(sizes: Tensor) -> Tensor:
-    """Bits of each magnitude, sign included, under the histogram of ``sizes``; the last stands for all beyond."""
-    counts = torch.bincount(sizes.clamp(max=255).long(), minlength=3).float() + SMOOTHING
-    counts = torch.cat([counts, torch.tensor([SMOOTHING])])
+    """Bits of each magnitude, sign included, under the histogram of ``sizes``; the last is for all from 256 on."""
+    counts = torch.bincount(sizes.clamp(max=256).int(), minlength=257).float() + SMOOTHING
     bits = counts.sum().log2() - counts.log2()
     bits[1:] += 1
     return bits
