@@ -66,6 +66,8 @@ def check(
     """Say what would go wrong with FILE in a runtime, where, and how to mend it."""
     chosen = target(target_name)
     _fits(file, chosen)
+    if file.suffix not in ("", ".onnx"):
+        raise InputError(f"{file}: {file.suffix} files are not read yet; check the ONNX file of the same model")
     findings = chosen.check(file)
     if run.json:
         print(json.dumps([asdict(item) for item in findings], indent=1))
