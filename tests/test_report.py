@@ -173,6 +173,20 @@ def test_the_headline_agrees_with_the_figures() -> None:
     assert headline(unmeasured()) == "11.4× smaller"
 
 
+@pytest.mark.parametrize(
+    ("ratio", "interval", "said"),
+    [(0.5, (0.48, 0.52), "2.00× faster"), (1.25, (1.2, 1.3), "1.25× slower"), (0.9, (0.7, 1.1), "same speed")],
+)
+def test_the_headline_takes_speed_from_the_rounds_and_not_from_the_medians(ratio, interval, said) -> None:
+    busy = factory.latency(0.11).model_copy(update={"ratio": ratio, "ratio_ci95": interval, "p90": 0.4})
+    found = factory.result()
+    found = found.model_copy(update={"compressed": found.compressed.model_copy(update={"latency_ms": busy})})
+    assert said in headline(found)
+    card = next(card for card in cards(found) if card.title == "Latency")
+    assert any("busy" in line for line in card.details)
+    assert any(f"{1 / interval[1]:.2f}× to {1 / interval[0]:.2f}×" in line for line in card.details)
+
+
 def test_the_verdict_is_the_budgets() -> None:
     assert verdict(factory.result()).text == "Within the budget of 1 point"
     assert verdict(CASES["over budget"]()).text == "Over the budget of 0.2 points"

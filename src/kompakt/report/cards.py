@@ -5,9 +5,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kompakt.measure.result import Latency, Result
-from kompakt.report.numbers import bytes_text, count_text, interval_text, ms_text, plural, points_text, ratio_text
+from kompakt.report.numbers import (
+    bytes_text,
+    count_text,
+    interval_text,
+    ms_text,
+    plural,
+    points_text,
+    ratio_text,
+    speed_text,
+)
 from kompakt.report.numbers import score_text as score
 
+BUSY = 1.5  # where a tenth of the samples take this many medians, something else ran
 Tone = Literal["good", "bad", "plain"]
 
 
@@ -56,8 +66,7 @@ def claims(result: Result) -> tuple[str, ...]:
     before, after = result.baseline, result.compressed
     parts = [ratio_text(before.size_bytes, after.size_bytes, "smaller", "larger").replace("unchanged", "same size")]
     if before.latency_ms and after.latency_ms:
-        speed = ratio_text(before.latency_ms.p50, after.latency_ms.p50, "faster", "slower")
-        parts.append(speed.replace("unchanged", "same speed"))
+        parts.append(speed_text(before.latency_ms, after.latency_ms).replace("unchanged", "same speed"))
     if result.drop_points is not None:
         parts.append(_accuracy_words(result.drop_points))
     sizes = f"{bytes_text(before.size_bytes)} → {bytes_text(after.size_bytes)}"
@@ -164,8 +173,21 @@ def _less(
 def _latency(before: Latency | None, after: Latency | None) -> Card | None:
     if before is None or after is None:
         return None
-    details = (f"Median, batch {after.batch}, {plural(after.threads, 'thread')}",)
-    return _less("Latency", before.p50, after.p50, ms_text, ("faster", "slower"), details)
+    details = [f"Median, batch {after.batch}, {plural(after.threads, 'thread')}"]
+    if after.ratio and after.ratio_ci95:
+        low, high = (1 / bound for bound in reversed(after.ratio_ci95))
+        details.append(f"Side by side: {low:.2f}× to {high:.2f}× the speed (95 %)")
+    if max(before.p90 / before.p50, after.p90 / after.p50) > BUSY:
+        details.append("The machine was busy: single times are not to be trusted")
+    factor, _, word = speed_text(before, after).partition(" ")
+    return Card(
+        title="Latency",
+        value=factor if word else ms_text(after.p50),
+        unit=word,
+        change=_arrow(ms_text(before.p50), ms_text(after.p50)),
+        details=tuple(details),
+        left=(after.ratio or after.p50 / before.p50) if word else None,
+    )
 
 
 def _compute(result: Result) -> Card | None:

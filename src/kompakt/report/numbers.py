@@ -5,6 +5,8 @@ Bytes are decimal (1 kB = 1000 bytes), three significant digits; a value that is
 
 from math import isfinite, log10
 
+from kompakt.measure.result import Latency
+
 MISSING = "–"
 
 
@@ -82,6 +84,18 @@ def ratio_text(before: float | None, after: float | None, better: str, worse: st
     if factor < 1.005:
         return "unchanged"
     return f"{times(factor)} {better if after < before else worse}"
+
+
+def speed_text(before: Latency, after: Latency) -> str:
+    """Write how much faster ``after`` is: by the rounds of both, side by side, where they were taken so.
+
+    The medians of two artifacts may come from different moments of a busy machine; the ratio of each round does
+    not. A ratio whose interval holds 1 is ``unchanged``.
+    """
+    if after.ratio is None:
+        return ratio_text(before.p50, after.p50, "faster", "slower")
+    low, high = after.ratio_ci95 or (after.ratio, after.ratio)
+    return "unchanged" if low <= 1 <= high else ratio_text(1.0, after.ratio, "faster", "slower")
 
 
 def times(factor: float) -> str:

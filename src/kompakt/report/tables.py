@@ -63,7 +63,7 @@ def _before_after(result: Result) -> Table:
     rows = {
         "Accuracy": accuracy,
         "File size": _row(before.size_bytes, after.size_bytes, numbers.bytes_text, ("smaller", "larger")),
-        "Latency, p50": _row(_p50(before), _p50(after), numbers.ms_text, ("faster", "slower")),
+        "Latency, p50": (numbers.ms_text(_p50(before)), numbers.ms_text(_p50(after)), _speed(before, after)),
         "MACs": _row(before.macs or None, after.macs or None, numbers.count_text, ("fewer", "more")),
         "Parameters": _row(before.params or None, after.params or None, numbers.count_text, ("fewer", "more")),
         "Bits a weight": _row(before.bits_per_weight, after.bits_per_weight, numbers.bits_text, ("fewer", "more")),
@@ -91,6 +91,12 @@ def _row(
     before: float | None, after: float | None, write: Callable[[float | None], str], words: tuple[str, str]
 ) -> tuple[str, str, str]:
     return write(before), write(after), ratio_text(before, after, *words)
+
+
+def _speed(before: Measurement, after: Measurement) -> str:
+    if before.latency_ms is None or after.latency_ms is None:
+        return ""
+    return numbers.speed_text(before.latency_ms, after.latency_ms)
 
 
 def _step_cells(step: Step) -> tuple[str, ...]:
