@@ -16,6 +16,7 @@ from kompakt.numerics.codebook import (
     share,
     share_levels,
 )
+from kompakt.numerics.shared import share_for_inputs
 
 STARTS = ["linear", "density", "random", "exact"]
 
@@ -290,3 +291,62 @@ def test_bad_input_is_named():
         power_of_two_levels(8)
     with pytest.raises(InputError, match="2 to 8 bits"):
         apot_levels(1)
+
+
+def layer_error(weight, moments, indices, codebook):
+    error = (weight - gather(indices, codebook)).double().reshape(len(moments), -1, moments.shape[-1])
+    return float(((error @ moments.double()) * error).sum())
+
+
+def correlated(generator, groups=1, width=18):
+    mix = torch.randn(groups, width, width, generator=generator)
+    inputs = torch.randn(groups, 400, width, generator=generator) @ mix
+    return inputs.mT @ inputs
+
+
+@pytest.mark.parametrize(("groups", "books"), [(1, 1), (1, 8), (4, 1), (4, 8)])
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_a_codebook_for_the_inputs_errs_less_than_one_for_the_weights(bits, groups, books, generator):
+    weight = torch.randn(8, 2, 3, 3, generator=generator)
+    moments = correlated(generator, groups)
+    granularity = "tensor" if books == 1 else "channel"
+    start = share(weight, bits, granularity)
+    indices, values = share_for_inputs(weight, moments, *start)
+    assert values.shape == start[1].shape
+    assert indices.dtype == torch.uint8
+    assert indices.shape == weight.shape
+    assert bool((values.diff(dim=1) >= 0).all())
+    before, after = layer_error(weight, moments, *start), layer_error(weight, moments, indices, values)
+    assert after < (0.9 if books == 1 else 1.0) * before
+
+
+def test_where_inputs_are_white_k_means_cannot_be_bettered_much(generator):
+    weight, moments = torch.randn(16, 12, generator=generator), torch.eye(12)[None]
+    start = share(weight, 2)
+    found = layer_error(weight, moments, *share_for_inputs(weight, moments, *start))
+    best = layer_error(weight, moments, *start)
+    assert 0.98 * best <= found <= best * (1 + 1e-6)
+
+
+def test_weights_that_are_levels_already_are_kept(generator):
+    levels = torch.tensor([-2.0, -0.5, 0.25, 1.0])
+    weight = levels[torch.randint(0, 4, (8, 18), generator=generator)]
+    indices, values = share_for_inputs(weight, correlated(generator), *share(weight, 2))
+    assert torch.equal(gather(indices, values), weight)
+
+
+def test_inputs_that_never_came_do_no_harm(generator):
+    moments = correlated(generator)
+    moments[:, 3] = moments[:, :, 3] = 0
+    indices, values = share_for_inputs(torch.zeros(4, 18), moments, *share(torch.zeros(4, 18), 2))
+    assert bool((gather(indices, values) == 0).all())
+    weight = torch.randn(4, 18, generator=generator)
+    assert bool(gather(*share_for_inputs(weight, moments, *share(weight, 2))).isfinite().all())
+
+
+def test_moments_of_another_layer_are_named(generator):
+    weight = torch.randn(4, 18, generator=generator)
+    with pytest.raises(InputError, match="do not fit a weight of shape"):
+        share_for_inputs(weight, torch.eye(7)[None], *share(weight, 2))
+    with pytest.raises(InputError, match="NaN or infinite"):
+        share_for_inputs(weight, torch.full((1, 18, 18), torch.nan), *share(weight, 2))

@@ -58,7 +58,8 @@ def command_lines(page: Path) -> list[str]:
 
 
 def options(command: str) -> set[str]:
-    return {name for parameter in COMMANDS[command].params for name in parameter.opts if name.startswith("--")}
+    names = (name for parameter in COMMANDS[command].params for name in (*parameter.opts, *parameter.secondary_opts))
+    return {name for name in names if name.startswith("--")}
 
 
 PYTHON = {text: page.name for page in PAGES for text in blocks(page, "python")}

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from kompakt.artifact.onnx import export_onnx, open_onnx
 from kompakt.build.equalize import chains, equalized, with_biases
-from kompakt.build.quantize import quantize, quantizers
+from kompakt.build.quantize import codebooks, quantize, quantizers
 from kompakt.build.refine import Refinement, bias_corrected, refined
 from kompakt.build.stream import Stream, fitting, peak_bytes
 from kompakt.errors import InputError
@@ -21,6 +21,8 @@ from kompakt.graph.calibrate import Stats, calibrate
 from kompakt.graph.fold import fold
 from kompakt.graph.trace import Capture, attribute, trace
 from kompakt.measure.layers import outputs_of
+from kompakt.methods.codebook import Knobs as CodebookKnobs
+from kompakt.methods.codebook import codebook
 from kompakt.methods.uniform import Knobs, uniform
 from kompakt.numerics.rounding import Annealing
 from kompakt.plan.plan import Plan, Quantize
@@ -258,3 +260,26 @@ def test_more_bits_no_more_error_after_refinement() -> None:
         capture, nearest, plan, batches = prepared(residual(), bits)
         found.append(error(capture, refined(capture, nearest, plan, batches), x))
     assert all(a >= b for a, b in pairwise(found))
+
+
+@pytest.mark.parametrize("rounding", ["gptq", "retarget"])
+@pytest.mark.parametrize("model", [chain, lambda: trained_like(residual())], ids=["chain", "residual"])
+def test_codebooks_are_chosen_for_the_inputs_too(model, rounding, tmp_path: Path) -> None:
+    x = images(96, seed=1)
+    capture = fold(trace(model(), x[:2]))
+    plan, _ = codebook(capture.graph, CodebookKnobs(bits=2))
+    nearest = quantize(capture, plan, Stats(histograms={}, means={}, examples=0))
+    made = refined(capture, nearest, plan, x.split(32), Refinement(rounding=rounding))
+    assert error(capture, made, x) < 0.8 * error(capture, nearest, x)
+    for name, book in codebooks(made.module).items():
+        assert torch.equal(book(attribute(made.module, name)), attribute(made.module, name))
+    runtime = open_onnx(export_onnx(made, tmp_path / "m.onnx"), 1)
+    with torch.no_grad():
+        np.testing.assert_allclose(runtime(x[:8].numpy()), made.module(x[:8]).numpy(), rtol=1e-3, atol=1e-4)
+
+
+def test_adaround_is_refused_for_codebooks() -> None:
+    capture = fold(trace(chain(), images(2)))
+    plan, _ = codebook(capture.graph, CodebookKnobs(bits=2))
+    with pytest.raises(InputError, match="adaround learns to round up or down"):
+        refined(capture, quantize(capture, plan, Stats(histograms={}, means={}, examples=0)), plan, [images(8)], SHORT)

@@ -74,9 +74,8 @@ def _agree(section: QuantizeSection) -> None:
     """Refuse keys that exclude each other."""
     if section.codebook is not None:
         also: dict[str, object] = {"mixed": section.mixed, "weight_bits": section.weight_bits}
-        also |= {"group_size": section.group_size, "rounding": section.rounding}
-        also |= {"dynamic": section.dynamic, "packed": section.packed}
-        also["bias_correction"] = section.bias_correction
+        also |= {"group_size": section.group_size, "dynamic": section.dynamic, "packed": section.packed}
+        also["rounding adaround"] = section.rounding == "adaround"
         wrong = next((name for name, value in also.items() if value), None)
         if wrong is not None:
             raise InputError(f"codebook and {wrong}: a codebook holds no uniform integers; leave one of the two out")

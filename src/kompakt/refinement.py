@@ -18,14 +18,20 @@ def rounding(section: QuantizeSection) -> Rounding:
     """Return how weights are rounded: as said, else by retargeting at 4 bits or fewer and to nearest above."""
     if section.rounding is not None:
         return section.rounding
-    few = [bits for bits in (section.weight_bits, section.average_bits) if bits is not None]
-    low = section.codebook is None and (section.mixed or any(bits <= FEW_BITS for bits in few))
-    return "retarget" if low else "nearest"
+    few = [bits for bits in (section.weight_bits, section.average_bits, section.codebook) if bits is not None]
+    return "retarget" if section.mixed or any(bits <= FEW_BITS for bits in few) else "nearest"
+
+
+def equalizes(section: QuantizeSection) -> bool:
+    """Whether scale is moved between layers: as said, else where all channels of a layer share one codebook."""
+    if section.equalize is not None:
+        return section.equalize
+    return section.codebook is not None and section.codebook_granularity == "tensor"
 
 
 def prepared(section: QuantizeSection, capture: Capture) -> Capture:
     """Return the float capture that is calibrated and quantized: equalized, with a bias everywhere, as asked."""
-    if section.equalize:
+    if equalizes(section):
         capture = equalized(capture)
     return with_biases(capture) if section.bias_correction else capture
 
@@ -44,7 +50,7 @@ def refine(job: Job, section: QuantizeSection, original: Capture, quantized: Cap
 def notes(section: QuantizeSection, made: Capture, suffix: str) -> tuple[str, ...]:
     """Say what was done beyond rounding to nearest, and what few bits are good for in a file of ``suffix``."""
     how = Refinement(rounding=rounding(section), bias_correction=section.bias_correction)
-    said = ["weights equalized across layers"] if section.equalize else []
+    said = ["weights equalized across layers"] if equalizes(section) else []
     if how.rounding != "nearest" or how.bias_correction:
         said.append(_named(how))
     if suffix == ".onnx":

@@ -15,21 +15,23 @@ from typing import Literal
 import torch
 from torch import Tensor, fx
 
-from kompakt.build.layers import Quantizer
+from kompakt.build.layers import Codebook, Quantizer
 from kompakt.build.quantize import quantizer_of
 from kompakt.build.rate import BIAS_BITS, Rate, rate_distorted
 from kompakt.build.stream import Stream
-from kompakt.errors import KompaktError, PlanError
+from kompakt.errors import InputError, KompaktError, PlanError
 from kompakt.graph.fold import set_parameter
 from kompakt.graph.graph import Graph, Op, Value
 from kompakt.graph.trace import Capture, attribute
 from kompakt.numerics.bias import channel_means, corrected_bias
+from kompakt.numerics.codebook import share
 from kompakt.numerics.grid import affine_params, dequantize, saturation_scale, scale_for_bias
 from kompakt.numerics.moments import Conv, cross_moment, second_moment
 from kompakt.numerics.ranges import weight_range
 from kompakt.numerics.rate_distortion import coarse
 from kompakt.numerics.rounding import Annealing, Reconstruction, adaround, descend, gptq, retarget
-from kompakt.plan.plan import Plan, Quantize
+from kompakt.numerics.shared import share_for_inputs
+from kompakt.plan.plan import Plan, Quantize, Share
 
 Rounding = Literal["nearest", "gptq", "retarget", "adaround"]
 REFINABLE = frozenset({"conv1d", "conv2d", "conv3d", "linear"})
@@ -70,7 +72,7 @@ class _Layer:
         node: in the quantized graph.
         entry: of its weight in the plan.
         weight: of the float model.
-        quantizer: of its weight.
+        made: what stands for its weight.
         floats: its inputs in the float model, a batch each.
         inputs: its inputs in the quantized model.
     """
@@ -78,9 +80,9 @@ class _Layer:
     op: Op
     alone: bool
     node: fx.Node
-    entry: Quantize
+    entry: Quantize | Share
     weight: Tensor
-    quantizer: Quantizer
+    made: Quantizer | Codebook
     floats: list[Tensor]
     inputs: list[Tensor]
 
@@ -125,7 +127,10 @@ def refined(
     made = copy.deepcopy(quantized.module)
     examples = list(batches)
     ours, theirs = Stream(made, examples), Stream(original.module, examples)
-    entries = {entry.tensor: entry for entry in plan.of(Quantize) if entry.role == "weight"}
+    entries: dict[str, Quantize | Share] = {
+        entry.tensor: entry for entry in plan.of(Quantize) if entry.role == "weight"
+    }
+    entries |= {entry.tensor: entry for entry in plan.of(Share)}
     present = {node.name for node in made.graph.nodes}
     for op in original.graph.layers:
         entry = entries.get(str(op.ref("weight")))
@@ -145,12 +150,12 @@ def bias_corrected(original: Capture, quantized: Capture, plan: Plan, batches: I
     return refined(original, quantized, plan, batches, Refinement(rounding="nearest", bias_correction=True))
 
 
-def _standing_before(op: Op, entry: Quantize, graph: Graph, ours: Stream, theirs: Stream) -> _Layer:
+def _standing_before(op: Op, entry: Quantize | Share, graph: Graph, ours: Stream, theirs: Stream) -> _Layer:
     """Run both streams up to a layer and tell what there is to know of it."""
     node, reference = ours.before(op.name), theirs.before(op.name)
-    quantizer = quantizer_of(ours.module, _operand(node, 1))
+    made = _stand_in(ours.module, _operand(node, 1))
     source, original = _operand(node, 0), _operand(reference, 0)
-    assert quantizer is not None
+    assert made is not None
     assert source is not None
     assert original is not None
     reader = _bias_reader(node)
@@ -161,7 +166,7 @@ def _standing_before(op: Op, entry: Quantize, graph: Graph, ours: Stream, theirs
         node=node,
         entry=entry,
         weight=attribute(theirs.module, entry.tensor).detach(),
-        quantizer=quantizer,
+        made=made,
         floats=theirs.values(original),
         inputs=ours.values(source),
     )
@@ -171,10 +176,13 @@ def _refine(layer: _Layer, ours: Stream, theirs: Stream, how: Refinement) -> Non
     """Round a layer's weight and correct its bias, in the module of ``ours``, both streams standing before it."""
     reader = _bias_reader(layer.node)
     if how.rounding != "nearest" and _solvable(layer):
-        if how.rounding == "adaround":
-            weight = _learned(layer, ours.module, theirs.peek(), how)
+        made = layer.made
+        if isinstance(made, Codebook):
+            weight = _shared(layer, made, how)
+        elif how.rounding == "adaround":
+            weight = _learned(layer, made, ours.module, theirs.peek(), how)
         else:
-            weight = _solved(layer, ours.module, how)
+            weight = _solved(layer, made, ours.module, how)
         set_parameter(ours.module, layer.entry.tensor, weight.contiguous())
     if how.bias_correction and layer.alone and reader is not None:
         _correct_bias(layer, str(reader.target), ours, theirs, how.rate)
@@ -187,31 +195,53 @@ def _solvable(layer: _Layer) -> bool:
     return layer.alone and layer.op.kind in REFINABLE and not isinstance(layer.op.arguments.get("padding"), str)
 
 
-def _learned(layer: _Layer, module: fx.GraphModule, targets: list[Tensor], how: Refinement) -> Tensor:
+def _shared(layer: _Layer, made: Codebook, how: Refinement) -> Tensor:
+    """Choose the codebook of a layer for its inputs, and return the weight that it stands for."""
+    assert isinstance(layer.entry, Share)
+    if how.rounding == "adaround":
+        raise InputError("adaround learns to round up or down, which a codebook does not; use retarget or gptq")
+    weight, hessian = _targeted(layer, how)
+    importance = hessian.diagonal(dim1=1, dim2=2).repeat_interleave(len(weight) // len(hessian), dim=0)
+    start = share(
+        weight, made.bits, layer.entry.granularity, layer.entry.start, importance=importance.reshape(weight.shape)
+    )
+    made.indices, values = share_for_inputs(weight, hessian, *start)
+    made.values.data = values
+    return made(weight).detach()
+
+
+def _learned(layer: _Layer, made: Quantizer, module: fx.GraphModule, targets: list[Tensor], how: Refinement) -> Tensor:
     """Return the layer's weight on its grid, every value rounded the way that AdaRound learned."""
-    params = (layer.quantizer.scale, layer.quantizer.zero_point, layer.quantizer.spec)
+    params = (made.scale, made.zero_point, made.spec)
     inputs = torch.cat(layer.inputs)
     problem = Reconstruction(layer=_function(layer, module), inputs=inputs, targets=torch.cat(targets))
     generator = torch.Generator().manual_seed(how.seed)
     return dequantize(adaround(layer.weight, *params, problem, how.annealing, generator), *params)
 
 
-def _solved(layer: _Layer, module: fx.GraphModule, how: Refinement) -> Tensor:
-    """Return the layer's weight on its grid, rounded for its inputs; one that ``moves`` is retargeted first."""
+def _targeted(layer: _Layer, how: Refinement) -> tuple[Tensor, Tensor]:
+    """Return the weight to be rounded, retargeted where asked, and the second moments of the layer's inputs."""
     weight, conv = layer.weight, _thinned(layer)
     hessian = _summed(second_moment(x, conv) for x in layer.inputs)
     if how.rounding == "retarget":
         pairs = zip(layer.floats, layer.inputs, strict=True)
         weight = retarget(weight, _summed(cross_moment(x, y, conv) for x, y in pairs), hessian)
-        if how.rate is not None:
-            return _weighed(layer, weight, hessian, how.rate)
-        _set_grid(layer, weight, module)
-    params = (layer.quantizer.scale, layer.quantizer.zero_point, layer.quantizer.spec)
+    return weight, hessian
+
+
+def _solved(layer: _Layer, made: Quantizer, module: fx.GraphModule, how: Refinement) -> Tensor:
+    """Return the layer's weight on its grid, rounded for its inputs; one that moved gets a range of its own."""
+    weight, hessian = _targeted(layer, how)
+    if how.rate is not None:
+        return _weighed(layer, made, weight, hessian, how.rate)
+    if how.rounding == "retarget":
+        _set_grid(layer, made, weight, module)
+    params = (made.scale, made.zero_point, made.spec)
     q = descend(weight, gptq(weight, hessian, *params), hessian, params)
     return dequantize(q, *params)
 
 
-def _weighed(layer: _Layer, weight: Tensor, hessian: Tensor, rate: Rate) -> Tensor:
+def _weighed(layer: _Layer, made: Quantizer, weight: Tensor, hessian: Tensor, rate: Rate) -> Tensor:
     """Return the layer's weight on a grid of its own, both chosen by rate and distortion."""
     outputs = layer.op.shape[2:] if layer.conv else layer.op.shape[1:-1]
     thinner = _thinned(layer)
@@ -222,8 +252,8 @@ def _weighed(layer: _Layer, weight: Tensor, hessian: Tensor, rate: Rate) -> Tens
     places = sum(len(x) for x in layer.inputs) * prod(outputs)
     importance = rate.importance.get(layer.op.name, torch.zeros(len(weight)))
     q, scale = rate_distorted(weight, hessian / places, importance, rate.trade)
-    layer.quantizer.scale, layer.quantizer.zero_point = scale, torch.zeros(len(scale), dtype=torch.int32)
-    return dequantize(q, scale, layer.quantizer.zero_point, layer.quantizer.spec)
+    made.scale, made.zero_point = scale, torch.zeros(len(scale), dtype=torch.int32)
+    return dequantize(q, scale, made.zero_point, made.spec)
 
 
 def _thinned(layer: _Layer) -> Conv | None:
@@ -240,9 +270,10 @@ def _summed(parts: Iterable[Tensor]) -> Tensor:
     return functools.reduce(Tensor.add_, parts)
 
 
-def _set_grid(layer: _Layer, weight: Tensor, module: fx.GraphModule) -> None:
+def _set_grid(layer: _Layer, made: Quantizer, weight: Tensor, module: fx.GraphModule) -> None:
     """Give the layer's quantizer the range of ``weight``, under the same conditions as ``quantize`` sets it."""
-    made, spec = layer.quantizer, layer.quantizer.spec
+    assert isinstance(layer.entry, Quantize)
+    spec = made.spec
     scale, zero_point = affine_params(*weight_range(weight, spec, layer.entry.range), spec)
     if spec.saturation_free:
         scale = saturation_scale(weight, spec, scale)
@@ -276,6 +307,14 @@ def _bias_reader(layer: fx.Node) -> fx.Node | None:
     if bias is not None and bias.op == "call_module":
         bias = _operand(bias, 0)
     return bias if bias is not None and bias.op == "get_attr" else None
+
+
+def _stand_in(module: fx.GraphModule, node: fx.Node | None) -> Quantizer | Codebook | None:
+    """The module whose output ``node`` is, where it stands for a weight."""
+    if node is None or node.op != "call_module":
+        return None
+    found = module.get_submodule(str(node.target))
+    return found if isinstance(found, Quantizer | Codebook) else None
 
 
 def _operand(node: fx.Node, index: int) -> fx.Node | None:

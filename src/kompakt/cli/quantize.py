@@ -33,7 +33,12 @@ class IntegerOptions:
         typer.Option(help="how weights are rounded; default: retarget at 4 bits or fewer, else nearest"),
     ] = None
     bias_correction: Annotated[bool, typer.Option("--bias-correction", help="mend the mean of each layer")] = False
-    equalize: Annotated[bool, typer.Option("--equalize", help="move scale between layers first")] = False
+    equalize: Annotated[
+        bool | None,
+        typer.Option(
+            "--equalize/--no-equalize", help="move scale between layers first; default: with one codebook a layer"
+        ),
+    ] = None
     packed: Annotated[bool, typer.Option("--packed", help="weights of up to 4 bits two to a byte (INT4)")] = False
 
     def keys(self) -> dict[str, Any]:

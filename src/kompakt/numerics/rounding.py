@@ -10,7 +10,7 @@ Hoefler, Alistarh 2022 (GPTQ), arXiv 2210.17323.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -77,8 +77,15 @@ def gptq(
     layout = (groups, w.shape[0] // groups, width)
     columns = order[:, None].expand(layout)
     facts = (each.reshape(layout).gather(2, columns) for each in _facts(w, scale, zero_point, spec))
-    q = _sweep(w.detach().float().reshape(layout).gather(2, columns), factor, _Grid(*facts), block)
+    q = sweep(w.detach().float().reshape(layout).gather(2, columns), factor, _Grid(*facts), block)
     return torch.empty_like(q).scatter_(2, columns, q).reshape(w.shape)
+
+
+class Levels(Protocol):
+    """What the weights of a layer may be: ``(groups, rows, columns)`` of them."""
+
+    def column(self, values: Tensor, i: int) -> tuple[Tensor, Tensor]:
+        """Round the values of column ``i``, ``(groups, rows)``; return integers and what they stand for."""
 
 
 def _check(w: Tensor, hessian: Tensor) -> None:
@@ -134,7 +141,8 @@ def _facts(w: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> tup
     return *params, *(bound.float() for bound in saturation_bounds(quantize(w, scale, zero_point, spec)))
 
 
-def _sweep(w: Tensor, upper: Tensor, grid: _Grid, block: int) -> Tensor:
+def sweep(w: Tensor, upper: Tensor, grid: Levels, block: int = 128) -> Tensor:
+    """Round the columns of ``w``, which is overwritten, in order, as ``gptq`` does; ``upper``: ``inverse_factor``."""
     q = torch.empty_like(w, dtype=torch.int32)
     for start in range(0, w.shape[2], block):
         end = min(start + block, w.shape[2])
@@ -172,24 +180,42 @@ def descend(
     layout = (hessian.shape[0], -1, hessian.shape[-1])
     grid = _Grid(*(each.reshape(layout) for each in _facts(w, scale, zero_point, spec)))
     approximation = dequantize(q, scale, zero_point, spec).reshape(layout)
+    best = descended(w.detach().float().reshape(layout), approximation, hessian, grid, sweeps, block)
+    return quantize(best.reshape(w.shape), scale, zero_point, spec)
+
+
+def descended(
+    w: Tensor, approximation: Tensor, hessian: Tensor, grid: Levels, sweeps: int = 4, block: int = 128
+) -> Tensor:
+    """Set every column of ``approximation`` to its best level given all others, as ``descend`` does.
+
+    Args:
+        w: ``(groups, rows, columns)``, as ``approximation``, which holds levels of ``grid``.
+        approximation: to start from.
+        hessian: ``(groups, columns, columns)``.
+        grid: the levels.
+        sweeps: the most passes.
+        block: columns whose errors are updated at once.
+    """
+    approximation = approximation.clone()
     diagonal = hessian.diagonal(dim1=1, dim2=2)
     # Columns that never saw an input have no error to mend; an infinite curvature leaves them alone.
     curvature = torch.where(diagonal > 0, diagonal, torch.inf)
-    slope = (w.detach().float().reshape(layout) - approximation) @ hessian
+    slope = (w - approximation) @ hessian
     for _ in range(sweeps):
         before = approximation.clone()
-        for start in range(0, w[0].numel(), block):
-            part = slice(start, min(start + block, w[0].numel()))
+        for start in range(0, w.shape[2], block):
+            part = slice(start, min(start + block, w.shape[2]))
             inside = hessian[:, part, part]
             moved = _best_columns(approximation, slope[:, :, part].clone(), inside, curvature, grid, start)
             slope -= moved @ hessian[:, part]
         if torch.equal(before, approximation):
             break
-    return quantize(approximation.reshape(w.shape), scale, zero_point, spec)
+    return approximation
 
 
 def _best_columns(
-    approximation: Tensor, slope: Tensor, inside: Tensor, curvature: Tensor, grid: _Grid, start: int
+    approximation: Tensor, slope: Tensor, inside: Tensor, curvature: Tensor, grid: Levels, start: int
 ) -> Tensor:
     """Set the columns of one block in ``approximation``, each to its best; return by how much they moved."""
     moved = torch.zeros_like(slope)

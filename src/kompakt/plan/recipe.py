@@ -44,7 +44,7 @@ class QuantizeSection(Section):
     weight_range: Literal["minmax", "mse"] | None = None
     activation_range: Literal["minmax", "moving", "percentile", "mse", "kl"] = "mse"
     dynamic: bool = False
-    equalize: bool = False
+    equalize: bool | None = None
     bias_correction: bool = False
     rounding: Literal["nearest", "gptq", "retarget", "adaround"] | None = None
     calibration_examples: int = Field(default=512, ge=1)
