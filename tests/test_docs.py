@@ -41,8 +41,9 @@ def sections(page: Path) -> dict[str, str]:
 
 
 def first_column(text: str) -> set[str]:
-    """What the tables of a text have in backticks in their first column."""
-    return set(re.findall(r"^\| `([^`]+)` \|", text, flags=re.M))
+    """What the tables of a text have in backticks in their first column, one or several with commas between."""
+    cells = re.findall(r"^\| (`[^`]+`(?:, `[^`]+`)*) \|", text, flags=re.M)
+    return {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
 
 
 def slug(heading: str) -> str:
