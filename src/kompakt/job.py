@@ -10,7 +10,7 @@ from kompakt.allotment import Timing
 from kompakt.artifact.targets import Target
 from kompakt.cache import cache_folder
 from kompakt.data import Data
-from kompakt.measure.accuracy import Metric
+from kompakt.measure.accuracy import Metric, Score
 from kompakt.measure.judge import Judge
 from kompakt.plan.plan import Plan
 from kompakt.plan.recipe import Recipe
@@ -36,6 +36,9 @@ class Job:
         command: for the record.
         say: is told what is going on.
         progress: whether training may show a bar.
+        networks: folder where networks that were pruned and trained are kept for other jobs; None keeps none.
+        reference: the original's score on the validation split, where it is known.
+        tick: called after every step of training; what it raises ends the job.
     """
 
     model: nn.Module
@@ -53,6 +56,9 @@ class Job:
     command: str = "compress"
     say: Callable[[str], None] = field(default=lambda text: None)
     progress: bool = True
+    networks: Path | None = None
+    reference: Score | None = None
+    tick: Callable[[], None] | None = None
 
     @property
     def timing(self) -> Timing:

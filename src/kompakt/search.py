@@ -22,11 +22,12 @@ from kompakt.job import Job
 from kompakt.measure.accuracy import Score
 from kompakt.measure.result import Drop, Result
 from kompakt.measure.sensitivity import sensitivities
+from kompakt.networks import slimmed
 from kompakt.plan.plan import Plan
 from kompakt.plan.recipe import QuantizeSection
 from kompakt.plan.rules import placed
 from kompakt.refinement import notes, prepared, refine
-from kompakt.slim import Slim, slim
+from kompakt.slim import Slim
 from kompakt.weights import save_weights
 
 __all__ = ["Job", "compress"]
@@ -65,6 +66,24 @@ def compress(job: Job) -> Result:
         InputError, ModelError: the model, the data or the recipe cannot be used.
     """
     started = time.monotonic()
+    made = make(job)
+    return finish(job, made.stages, made.chosen, started)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """What a recipe gave: every stage's file and the artifact, judged on the validation split where it is quantized."""
+
+    stages: tuple[StageFile, ...]
+    chosen: Chosen
+
+
+def make(job: Job) -> Made:
+    """Carry out a job's recipe and export everything; nothing is looked at on the test split.
+
+    Raises:
+        InputError, ModelError: the model, the data or the recipe cannot be used.
+    """
     torch.manual_seed(job.seed)
     job.say("capturing the model")
     example = _example(job.data)
@@ -72,7 +91,7 @@ def compress(job: Job) -> Result:
     check_classes(job.data, _outputs(original))
     baseline = _export(job, original, "baseline")
     stages = [StageFile(name="original", did="exported in fp32", path=baseline, macs=original.graph.macs)]
-    found = slim(job, example)
+    found = slimmed(job, example)
     capture = original if found.model is job.model else fold(trace(found.model, example))
     if found.did:
         name = found.name or ("pruned" if found.plan.entries else "trained")
@@ -80,7 +99,7 @@ def compress(job: Job) -> Result:
         path = _export(job, capture, name)
         stages.append(StageFile(name=name, did=found.did, path=path, macs=capture.graph.macs))
     chosen = _quantized(job, job.recipe.quantize, capture, baseline, found) if job.recipe.quantize else None
-    return finish(job, tuple(stages), chosen or _float(stages[-1], capture, found), started)
+    return Made(stages=tuple(stages), chosen=chosen or _float(stages[-1], capture, found))
 
 
 def _example(data: Data) -> Tensor:
@@ -110,8 +129,10 @@ def _float(last: StageFile, capture: Capture, found: Slim) -> Chosen:
 
 def _quantized(job: Job, section: QuantizeSection, capture: Capture, baseline: Path, found: Slim) -> Chosen:
     """Quantize within the budget."""
-    job.say("scoring the original on the validation split")
-    reference = job.judge.score(baseline, job.data.validation)
+    reference = job.reference
+    if reference is None:
+        job.say("scoring the original on the validation split")
+        reference = job.judge.score(baseline, job.data.validation)
     capture = prepared(section, capture)
     stats = _calibrated(job, section, capture)
     best, decisions = _within_budget(job, section, capture, stats, reference, found.model)

@@ -14,6 +14,7 @@ from kompakt.cli.export import check, export
 from kompakt.cli.flatten import flatten
 from kompakt.cli.inspect import analyze, inspect
 from kompakt.cli.pack import pack, unpack
+from kompakt.cli.pick import pick_command
 from kompakt.cli.prune import finetune, prune
 from kompakt.cli.quantize import quantize
 from kompakt.cli.report import report
@@ -36,6 +37,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect,
     "analyze": analyze,
     "compress": compress_command,
+    "pick": pick_command,
     "quantize": quantize,
     "prune": prune,
     "distill": distill,

@@ -99,10 +99,13 @@ class LeftAlone(Record):
 
 
 class Budget(Record):
-    """What may not be exceeded, and whether it was."""
+    """What may not be exceeded, and whether it was; ``confident`` judges the upper end of the drop's interval."""
 
     max_drop: float | None
     met: bool
+    confident: bool = False
+    max_bytes: int | None = None
+    max_latency_ms: float | None = None
 
 
 class Parity(Record):
@@ -113,6 +116,28 @@ class Parity(Record):
     output_step: float
     sqnr_db: float
     examples: int
+
+
+class Tried(Record):
+    """One candidate of a search, judged on the validation split; ``front`` where none is better in every way.
+
+    ``latency_ratio`` is its time to the original's, interleaved; ``seconds`` is what making and judging it took.
+    """
+
+    number: int
+    what: str
+    epochs: int = 0
+    state: Literal["verified", "failed"]
+    drop_points: float | None = None
+    drop_ci95: tuple[float, float] | None = None
+    size_bytes: int | None = None
+    packed_bytes: int | None = None
+    latency_ratio: float | None = None
+    latency_ratio_ci95: tuple[float, float] | None = None
+    seconds: float = 0.0
+    note: str = ""
+    front: bool = False
+    chosen: bool = False
 
 
 class Result(Record):
@@ -137,6 +162,7 @@ class Result(Record):
     decisions: tuple[str, ...] = ()
     parity: Parity | None = None
     packed_bytes: int | None = None
+    candidates: tuple[Tried, ...] = ()
     snippet: str = ""
     files: dict[str, str] = {}
     versions: dict[str, str] = {}

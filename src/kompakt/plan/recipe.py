@@ -1,5 +1,6 @@
 """``Recipe``: what the user asked for, as TOML or Python; one schema, clear errors."""
 
+import json
 import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
@@ -194,6 +195,17 @@ class Recipe(Section):
             key = ".".join(str(part) for part in first["loc"])
             raise InputError(f"{where}: {key}: {first['msg']}, found {first['input']!r}") from None
 
+    def to_toml(self) -> str:
+        """Write the recipe as TOML that ``from_toml`` reads back to an equal one; what is as by default is left out."""
+        lines: list[str] = []
+        for name in type(self).model_fields:
+            section = getattr(self, name)
+            if section is not None and (section != type(self).model_fields[name].default or name == "quantize"):
+                lines += ["", f"[{name}]", *_toml(section.model_dump(mode="json", exclude_defaults=True))]
+        if self.quantize is None:
+            raise InputError("a recipe that quantizes nothing cannot be written as TOML")
+        return "\n".join(lines[1:]) + "\n"
+
     @staticmethod
     def read(path: str | Path) -> "Recipe":
         """Read a recipe from a TOML file."""
@@ -203,3 +215,16 @@ class Recipe(Section):
             raise InputError(f"{path}: {error.strerror}") from None
         except UnicodeDecodeError:
             raise InputError(f"{path}: is not a text file; expected a recipe in TOML") from None
+
+
+def _toml(values: dict[str, object]) -> list[str]:
+    return [f"{key} = {_value(value)}" for key, value in values.items() if value is not None]
+
+
+def _value(value: object) -> str:
+    """Write a value on one line; strings, numbers and lists are written in TOML as in JSON."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(_toml(value)) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_value, value)) + "]"
+    return json.dumps(value)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from kompakt.measure.result import Result
+from kompakt.measure.result import Result, Tried
 from kompakt.report import numbers
 from kompakt.report.numbers import MISSING
 from kompakt.report.steps import Step, steps_of
@@ -87,6 +87,26 @@ def step_columns(result: Result) -> tuple[Column, ...]:
         _figures("Bits a\nweight", found, lambda m: m.bits_per_weight, numbers.bits_text),
         _figures("Memory", found, lambda m: m.peak_memory_bytes, numbers.bytes_text),
     )
+
+
+def candidate_columns(result: Result) -> tuple[Column, ...]:
+    """The columns of the table of a search's candidates."""
+    found = result.candidates
+    return _present(
+        _figures("#", found, lambda item: item.number, lambda number: f"{number:.0f}"),
+        Column(title="Candidate", kind="name", cells=tuple(_text(item.what, _standing(item)) for item in found)),
+        _figures("Points\nlost", found, lambda item: item.drop_points, numbers.points_text),
+        _figures("As\n.kpk", found, lambda item: item.packed_bytes, numbers.bytes_text, bar=True),
+        _figures("File\nsize", found, lambda item: item.size_bytes, numbers.bytes_text),
+        _figures("Time, of the\noriginal's", found, lambda item: item.latency_ratio, _plain, bar=True),
+        _figures("Seconds\nspent", found, lambda item: item.seconds, lambda value: f"{value:.0f}"),
+    )
+
+
+def _standing(item: Tried) -> str:
+    if item.chosen:
+        return "ships"
+    return item.note if item.state == "failed" else "on the front" if item.front else ""
 
 
 def reasons(result: Result) -> tuple[tuple[str, tuple[str, ...]], ...]:

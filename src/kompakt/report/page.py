@@ -16,7 +16,7 @@ from plotly.offline import get_plotlyjs
 
 from kompakt.files import atomic_write
 from kompakt.measure.result import Result
-from kompakt.report import cards, columns, numbers, plots
+from kompakt.report import cards, columns, frontier, numbers, plots
 from kompakt.report.frame import Figure
 from kompakt.report.layer_plots import layers_figure
 from kompakt.report.steps import steps_of
@@ -57,6 +57,8 @@ def render(result: Result) -> str:
         "size": plots.size_figure(result),
         "latency": plots.latency_figure(result),
         "layers": layers_figure(result),
+        "bytes": frontier.bytes_figure(result),
+        "speed": frontier.speed_figure(result),
     }
     return (
         _environment()
@@ -69,6 +71,7 @@ def render(result: Result) -> str:
             steps=steps_of(result),
             step_columns=columns.step_columns(result),
             layer_columns=columns.layer_columns(result),
+            candidate_columns=columns.candidate_columns(result),
             left_alone=columns.reasons(result),
             figures={name: _json(figure) for name, figure in figures.items() if figure is not None},
             style=Markup(_resource("report.css")),

@@ -1,0 +1,57 @@
+"""``Choice``: one point of the space that is searched, and the recipe that carries it out."""
+
+from dataclasses import dataclass
+
+from kompakt.plan.recipe import BudgetSection, FinetuneSection, PruneSection, QuantizeSection, Recipe
+
+FULL_BITS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What one candidate does to the model.
+
+    Args:
+        fewer_macs: how many times fewer multiplications; 1 removes no channel.
+        drop_blocks: residual blocks replaced by the identity.
+        weight_bits: of every layer's weights; activations have the target's own.
+        epochs: of training after pruning, the original as teacher.
+        step_back: whether layers go back to float until the budget holds.
+    """
+
+    fewer_macs: float = 1.0
+    drop_blocks: int = 0
+    weight_bits: int = FULL_BITS
+    epochs: int = 0
+    step_back: bool = False
+
+    def __str__(self) -> str:
+        parts = [f"{self.fewer_macs:g}× fewer MACs"] if self.fewer_macs > 1 else []
+        if self.drop_blocks:
+            parts.append(f"{self.drop_blocks} block{'s' if self.drop_blocks > 1 else ''} dropped")
+        if self.epochs:
+            parts.append(f"{self.epochs} epoch{'s' if self.epochs > 1 else ''}")
+        parts.append(f"{self.weight_bits}-bit weights")
+        if self.step_back:
+            parts.append("layers back to float")
+        return ", ".join(parts)
+
+    def recipe(self, base: Recipe) -> Recipe:
+        """Return the recipe that carries this choice out.
+
+        Args:
+            base: the user's, for what is not chosen here: criteria, rates, augmentation, calibration, the budget.
+        """
+        prune = None
+        if self.fewer_macs > 1 or self.drop_blocks:
+            section = base.prune or PruneSection(allocation="sensitivity")
+            fewer = self.fewer_macs if self.fewer_macs > 1 else None
+            update = {"fewer_macs": fewer, "channels": None, "fewer_params": None, "times_faster": None}
+            prune = section.model_copy(update=update | {"drop_blocks": self.drop_blocks, "rounds": 1})
+        quantize = base.quantize or QuantizeSection()
+        if self.weight_bits != FULL_BITS:
+            quantize = quantize.model_copy(update={"weight_bits": self.weight_bits})
+        finetune: FinetuneSection = base.finetune.model_copy(update={"epochs": self.epochs})
+        budget = base.budget if self.step_back else BudgetSection()
+        made = {"prune": prune, "quantize": quantize, "finetune": finetune, "budget": budget}
+        return base.model_copy(update=made)

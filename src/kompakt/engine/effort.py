@@ -1,0 +1,85 @@
+"""What a search may spend, and what its next step will cost."""
+
+import copy
+import time
+from dataclasses import dataclass, replace
+
+import torch.nn.functional as F
+
+from kompakt.engine.candidate import NETWORKS
+from kompakt.engine.choice import Choice
+from kompakt.files import atomic_write
+from kompakt.job import Job
+from kompakt.measure.result import Tried
+from kompakt.networks import network_key
+from kompakt.plan.recipe import Recipe
+
+SPENT = "spent"
+PROBES, PROBE_BATCH = 3, 128
+TEACHER_COST = 1.5
+RESERVE = 3.0
+"""So many untrained candidates' time is kept for measuring the one that ships."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """The time of a search; what earlier runs of it spent counts.
+
+    Args:
+        started: of this run, ``time.monotonic()``.
+        before: seconds that earlier runs spent.
+        minutes: in all; None is no limit.
+        epoch_seconds: of training the original with a teacher.
+    """
+
+    started: float
+    before: float
+    minutes: float | None
+    epoch_seconds: float = 0.0
+
+    def spent(self) -> float:
+        """Seconds that were spent."""
+        return self.before + time.monotonic() - self.started
+
+    def left(self) -> float:
+        """Seconds that are left; infinite without a limit."""
+        return float("inf") if self.minutes is None else 60 * self.minutes - self.spent()
+
+    def suffices(self, job: Job, choice: Choice, base: Recipe, tried: list[Tried]) -> bool:
+        """Whether a candidate can be made and the end measured in the time that is left."""
+        seconds = (1 + RESERVE) * untrained_seconds(tried)
+        key = network_key(replace(job, recipe=choice.recipe(base)))
+        if choice.epochs and not (job.out / NETWORKS / key / "told.json").exists():
+            seconds += choice.epochs * self.epoch_seconds / choice.fewer_macs
+        return seconds <= self.left()
+
+    def save(self, job: Job) -> None:
+        """Write down what was spent, for a run that goes on."""
+        atomic_write(job.out / SPENT, f"{self.spent():.1f}".encode())
+
+
+def begun(job: Job, minutes: float | None, started: float) -> Effort:
+    """Begin or go on with the effort of a search."""
+    try:
+        before = float((job.out / SPENT).read_text())
+    except (FileNotFoundError, ValueError):
+        before = 0.0
+    return Effort(started=started, before=before, minutes=minutes)
+
+
+def untrained_seconds(tried: list[Tried]) -> float:
+    """The time that a candidate takes without training: the median so far."""
+    seconds = sorted(item.seconds for item in tried if not item.epochs)
+    return seconds[len(seconds) // 2] if seconds else 0.0
+
+
+def epoch_seconds(job: Job) -> float:
+    """Estimate what an epoch of the original costs with a teacher, from the fastest of a few steps."""
+    model = copy.deepcopy(job.model).train()
+    inputs, labels = next(iter(job.data.train.batches(PROBE_BATCH, limit=PROBE_BATCH)))
+    best = float("inf")
+    for _ in range(PROBES):
+        started = time.monotonic()
+        F.cross_entropy(model(inputs), labels).backward()
+        best = min(best, time.monotonic() - started)
+    return TEACHER_COST * best * len(job.data.train) / len(inputs)

@@ -1,0 +1,226 @@
+"""``explore``: search pruning, training and bits together under one budget, and ship the best candidate."""
+
+import hashlib
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+
+from kompakt.engine.candidate import CANDIDATES, Original, all_tried, failed, folder_of, kept, verify
+from kompakt.engine.choice import Choice
+from kompakt.engine.effort import Effort, begun, epoch_seconds
+from kompakt.engine.frontier import Limits, choose
+from kompakt.engine.ledger import Ledger, open_ledger
+from kompakt.engine.shipping import shipped
+from kompakt.engine.strategy import Objective, Space, propose
+from kompakt.errors import InputError, KompaktError
+from kompakt.graph.fold import fold
+from kompakt.graph.trace import trace
+from kompakt.job import Job
+from kompakt.measure.latency import interleave
+from kompakt.measure.result import Result, Tried
+from kompakt.methods.blocks import residual_blocks
+
+TRAINED_SHARE, TRAINED, HALVED, MOST_EPOCHS = 0.6, 4, 2, 30
+"""Of the effort, so much is for training, shared by about so many networks that cost half as much as the original."""
+
+
+class TimeUp(Exception):
+    """The effort is spent in the middle of a candidate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a search may spend and must keep.
+
+    Args:
+        objective: bytes as ``.kpk``, time, or both together.
+        minutes: to spend in all, the measuring of the end included; None is no limit.
+        candidates: the most to make; None is no limit.
+        confident: whether the upper end of the drop's interval must keep the budget.
+        max_bytes: of the artifact.
+        max_latency_ms: of one call, batch 1.
+        study: Optuna storage; None is a journal in the job's folder.
+    """
+
+    objective: Objective = "both"
+    minutes: float | None = None
+    candidates: int | None = None
+    confident: bool = False
+    max_bytes: int | None = None
+    max_latency_ms: float | None = None
+    study: str | None = None
+
+    @property
+    def bounds(self) -> dict[str, object]:
+        """What the result says of the budget."""
+        return {"confident": self.confident, "max_bytes": self.max_bytes, "max_latency_ms": self.max_latency_ms}
+
+
+def explore(job: Job, asked: Asked) -> Result:
+    """Search within the effort and ship the best candidate, measured on the test split.
+
+    Every candidate is a recipe that is carried out, exported and judged on the validation split in the target's
+    runtime. The search is written down after every step, so that the same command goes on after a crash.
+
+    Raises:
+        InputError: the data or the metric give other figures when asked again, or the study is of something else.
+        BudgetError: no candidate could be made.
+    """
+    effort = begun(job, asked.minutes, time.monotonic())
+    (job.out / CANDIDATES).mkdir(exist_ok=True)
+    original = _original(job)
+    ledger = open_ledger(job.out, asked.study, _identity(job, asked), job.seed)
+    space, seconds = _space(job, asked, ledger)
+    search = _Search(
+        job=job,
+        asked=asked,
+        original=original,
+        ledger=ledger,
+        space=space,
+        limits=_limits(job, asked, original),
+        effort=replace(effort, epoch_seconds=seconds),
+    )
+    notes = search.run()
+    search.effort.save(job)
+    return shipped(job, asked.objective, search.limits, original, notes, asked.bounds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Search:
+    """One worker of a search."""
+
+    job: Job
+    asked: Asked
+    original: Original
+    ledger: Ledger
+    space: Space
+    limits: Limits
+    effort: Effort
+
+    def run(self) -> list[str]:
+        """Make candidates until the effort, their number or the ideas end; return what is to be told."""
+        while True:
+            tried = all_tried(self.job.out)
+            drops = self.ledger.drops({item.number: self.limits.judged(item) for item in tried})
+            proposed = propose(drops, self.space)
+            ended = self._ended(tried, proposed)
+            if ended:
+                return [ended]
+            try:
+                with self.ledger.taken(proposed, self.space) as (trial, choice):
+                    self.job.say(self._progress(trial.number, choice, tried))
+                    folder = folder_of(self.job.out, trial.number)
+                    self.ledger.tell(trial, kept(folder) or self._attempt(trial.number, choice))
+            except TimeUp:
+                return ["the effort was spent in the middle of a candidate, from where the same command goes on"]
+            except KeyboardInterrupt:
+                return ["interrupted: the best so far is saved; the same command goes on"]
+            self.effort.save(self.job)
+
+    def _ended(self, tried: list[Tried], proposed: Choice | None) -> str:
+        """Say why the search ends here; empty where it goes on."""
+        if self.asked.candidates is not None and len(tried) >= self.asked.candidates:
+            return f"{len(tried)} candidates were made, as many as asked for"
+        if proposed is None and self.asked.minutes is None and self.asked.candidates is None:
+            return "the plan of the search is carried out"
+        if tried and not self.effort.suffices(self.job, proposed or Choice(), self.job.recipe, tried):
+            return "the effort does not suffice for another candidate"
+        return ""
+
+    def _attempt(self, number: int, choice: Choice) -> Tried:
+        """Make a candidate; one that cannot be made is written down, and the search goes on."""
+        started = time.monotonic()
+
+        def tick() -> None:
+            if self.effort.left() < 0:
+                raise TimeUp
+
+        try:
+            job = replace(self.job, tick=tick)
+            return verify(job, self.original, number, choice)
+        except (KompaktError, RuntimeError, ValueError, ArithmeticError, MemoryError) as error:
+            note = (str(error).splitlines() or [type(error).__name__])[0]
+        except OSError as error:
+            raise InputError(
+                f"{self.job.out}: {error.strerror or error}; the same command goes on from here"
+            ) from error
+        seconds = time.monotonic() - started
+        return failed(self.job.out, number, choice, note, seconds)
+
+    def _progress(self, number: int, choice: Choice, tried: list[Tried]) -> str:
+        best = choose(tried, self.limits, self.asked.objective)
+        left = "" if self.asked.minutes is None else f"; {max(0.0, self.effort.left()) / 60:.1f} minutes left"
+        if best is None or best.drop_points is None:
+            return f"candidate {number}: {choice}{left}"
+        so_far = f"{best.what}: {best.drop_points:.2f} points, {best.packed_bytes or 0:,} bytes"
+        return f"candidate {number}: {choice}; best so far {so_far}{left}"
+
+
+def _original(job: Job) -> Original:
+    """Export the original and score it twice: a metric or data that change from run to run decide nothing."""
+    job.say("scoring the original on the validation split")
+    example = next(iter(job.data.train.batches(2, limit=2)), (None,))[0]
+    if example is None:
+        raise InputError("the training split gave no batch; expected at least one example")
+    path = job.target.export(fold(trace(job.model, example)), job.out / f"baseline{job.target.suffix}", metadata={})
+    first, again = (job.judge.score(path, job.data.validation) for _ in range(2))
+    if first.examples != again.examples:
+        raise InputError(
+            f"the validation data gave {first.examples} examples, then {again.examples}; they must be fixed"
+        )
+    if first.accuracy != again.accuracy:
+        raise InputError(
+            f"the metric gave {first.accuracy:g}, then {again.accuracy:g} for the same model and data; it must be fixed"
+        )
+    return Original(path=path, score=first, example=example[:1].numpy())
+
+
+def _identity(job: Job, asked: Asked) -> dict[str, str]:
+    """Name what a study is of."""
+    digest = hashlib.sha256()
+    for name, value in sorted(job.model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    sizes = "/".join(str(len(split)) for split in (job.data.train, job.data.validation, job.data.test))
+    return {
+        "model": f"{job.name} {digest.hexdigest()[:12]}",
+        "data": f"{job.source} {sizes}",
+        "target": job.target.name,
+        "recipe": hashlib.sha256(job.recipe.model_dump_json().encode()).hexdigest()[:12],
+        "objective": asked.objective,
+        "seed": str(job.seed),
+    }
+
+
+def _space(job: Job, asked: Asked, ledger: Ledger) -> tuple[Space, float]:
+    """Decide what may be tried, and what an epoch costs, once for a study: whoever goes on with it must do the same."""
+    known = ledger.study.user_attrs.get("space")
+    if known is not None:
+        return Space(**known), float(ledger.study.user_attrs["epoch_seconds"])
+    limit = job.recipe.budget.max_drop
+    epochs = job.recipe.finetune.epochs
+    job.say("timing a step of training")
+    seconds = epoch_seconds(job)
+    if not epochs and asked.minutes is not None:
+        epochs = int(asked.minutes * 60 * TRAINED_SHARE / TRAINED / (seconds / HALVED))
+    example = next(iter(job.data.train.batches(2, limit=2)))[0]
+    blocks = min(2, len(residual_blocks(trace(job.model, example).graph)))
+    space = Space(
+        objective=asked.objective,
+        max_drop=1.0 if limit is None else limit,
+        epochs=min(epochs, MOST_EPOCHS),
+        blocks=blocks,
+    )
+    ledger.study.set_user_attr("epoch_seconds", seconds)
+    ledger.study.set_user_attr("space", vars(space))
+    return space, seconds
+
+
+def _limits(job: Job, asked: Asked, original: Original) -> Limits:
+    ratio = None
+    if asked.max_latency_ms is not None:
+        run = partial(job.target.open(original.path, job.threads), original.example)
+        ratio = asked.max_latency_ms / interleave({"original": run}, seconds=2.0)["original"].p50_ms
+    return Limits(
+        max_drop=job.recipe.budget.max_drop, max_bytes=asked.max_bytes, max_ratio=ratio, confident=asked.confident
+    )

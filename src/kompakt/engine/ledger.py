@@ -1,0 +1,170 @@
+"""The study on disk: Optuna's record of who tried what, shared by all workers of one search."""
+
+import fcntl
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import optuna
+from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from kompakt.engine.choice import FULL_BITS, Choice
+from kompakt.engine.strategy import FEW_BITS, Space
+from kompakt.errors import InputError
+from kompakt.measure.result import Tried
+
+NAME = "kompakt"
+JOURNAL = "study.journal"
+GRACE_SECONDS = 10
+STARTUP = 6
+"""Candidates that the sampler draws blindly before it trusts what it saw."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ledger:
+    """A study, and the folder of the locks that tell which worker is alive.
+
+    Args:
+        study: Optuna's.
+        locks: the folder.
+        seed: of the sampler.
+    """
+
+    study: optuna.Study
+    locks: Path
+    seed: int
+
+    def drops(self, judged: dict[int, float]) -> dict[Choice, float]:
+        """Return the points that every candidate lost; infinite where it failed or is in another worker's hands."""
+        found: dict[Choice, float] = {}
+        for trial in self.study.get_trials(deepcopy=False):
+            choice = choice_of(trial)
+            if choice is not None:
+                found[choice] = min(judged.get(trial.number, float("inf")), found.get(choice, float("inf")))
+        return found
+
+    @contextmanager
+    def taken(self, proposed: Choice | None, space: Space) -> Iterator[tuple[Trial, Choice]]:
+        """Take a trial that a dead worker left, else a new one: what is proposed, or what the sampler draws."""
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            with self._held(trial.number) as alone:
+                if alone and self.study.get_trials(deepcopy=False)[trial.number].state == TrialState.RUNNING:
+                    mine = Trial(self.study, trial._trial_id)
+                    yield mine, _suggest(mine, space)
+                    return
+        self.study.sampler = _sampler(self.seed + len(self.study.get_trials(deepcopy=False)))
+        if proposed is not None:
+            self.study.enqueue_trial(vars(proposed))
+        mine = self.study.ask()
+        with self._held(mine.number):
+            yield mine, _suggest(mine, space)
+
+    @contextmanager
+    def _held(self, number: int) -> Iterator[bool]:
+        """Hold the lock of a trial while a worker is at it; the system lets go of it when the worker dies."""
+        with (self.locks / f"{number:03d}.lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
+
+    def tell(self, trial: Trial, found: Tried) -> None:
+        """Write down how a trial ended."""
+        if found.state != "verified":
+            self.study.tell(trial, state=TrialState.FAIL)
+            return
+        assert found.drop_points is not None
+        assert found.packed_bytes is not None
+        assert found.latency_ratio is not None
+        self.study.tell(trial, (found.drop_points, float(found.packed_bytes), found.latency_ratio))
+
+
+def open_ledger(out: Path, url: str | None, identity: dict[str, str], seed: int) -> Ledger:
+    """Open or begin the study of a search.
+
+    Args:
+        out: the folder of the search; the study is a journal there unless ``url`` names a storage.
+        url: as Optuna takes it (``sqlite:///study.db``, ``mysql://…``), or the path of a journal.
+        identity: what the study is of; one of another model or other data is refused.
+        seed: of the sampler.
+
+    Raises:
+        InputError: the storage cannot be reached, or the study is of something else.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    where = url or str(out / JOURNAL)
+    try:
+        study = optuna.create_study(
+            study_name=NAME, storage=_storage(where), directions=["minimize"] * 3, load_if_exists=True
+        )
+        known = study.user_attrs.get("identity")
+        if known is None:
+            known = identity
+            study.set_user_attr("identity", identity)
+    except InputError:
+        raise
+    except Exception as error:
+        line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"--study {where}: cannot be opened: {line}") from None
+    differs = [key for key in identity if known.get(key) != identity[key]]
+    if differs:
+        told = ", ".join(f"{key} {known.get(key)} there, {identity[key]} here" for key in differs)
+        raise InputError(f"{where}: the study is of something else ({told}); take another --out, or delete it")
+    locks = out / "locks"
+    locks.mkdir(exist_ok=True)
+    return Ledger(study=study, locks=locks, seed=seed)
+
+
+def choice_of(trial: FrozenTrial) -> Choice | None:
+    """Read what a trial tries; None where its worker died before it was written down."""
+    found = trial.params if len(trial.params) == len(vars(Choice())) else trial.system_attrs.get("fixed_params", {})
+    return Choice(**found) if len(found) == len(vars(Choice())) else None
+
+
+def _suggest(trial: Trial, space: Space) -> Choice:
+    """Read what a trial tries, or let the sampler draw it."""
+    bits = (FULL_BITS,) if space.objective == "latency" else (FULL_BITS, *FEW_BITS)
+    return Choice(
+        fewer_macs=round(trial.suggest_float("fewer_macs", 1.0, space.most, step=0.01), 2),
+        drop_blocks=trial.suggest_int("drop_blocks", 0, space.blocks),
+        weight_bits=trial.suggest_categorical("weight_bits", bits),
+        epochs=trial.suggest_int("epochs", 0, space.epochs, step=max(space.epochs, 1)),
+        step_back=trial.suggest_categorical("step_back", (False, True)),
+    )
+
+
+def _sampler(seed: int) -> optuna.samplers.TPESampler:
+    """A sampler without memory of its own: what it draws depends on the study and the seed alone."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP)
+
+
+def _storage(where: str) -> BaseStorage | str:
+    if "://" in where:
+        return where
+    path = Path(where)
+    lock = JournalFileOpenLock(where, grace_period=GRACE_SECONDS)
+    lock.acquire()
+    try:
+        _cut_half_line(path)
+    finally:
+        lock.release()
+    return JournalStorage(JournalFileBackend(where, lock_obj=lock))
+
+
+def _cut_half_line(path: Path) -> None:
+    """Take off the end of a journal what a worker was writing when it was killed."""
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        os.truncate(path, whole)

@@ -1,0 +1,97 @@
+"""What to try next: a pure function of what was tried, so that a killed search goes on as it would have.
+
+Cheap candidates come first: integers alone, then channels removed without training, then the same with training. How
+many multiplications go is climbed by factors until a candidate breaks the budget, then halved on a log scale.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import sqrt
+from typing import Literal
+
+from kompakt.engine.choice import FULL_BITS, Choice
+
+Objective = Literal["size", "latency", "both"]
+STRIDE, CLOSE = 1.5, 1.15
+FEW_BITS = (4, 3, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """What may be tried.
+
+    Args:
+        objective: bits below 8 are storage only: they are tried where size counts.
+        max_drop: points on the validation split.
+        epochs: of training; 0 trains nothing.
+        most: the largest factor of multiplications.
+        blocks: residual blocks that may be dropped.
+    """
+
+    objective: Objective = "both"
+    max_drop: float
+    epochs: int = 0
+    most: float = 8.0
+    blocks: int = 0
+
+
+class _Wanted(Exception):
+    """A candidate whose drop must be known to go on."""
+
+    def __init__(self, choice: Choice) -> None:
+        super().__init__(str(choice))
+        self.choice = choice
+
+
+def propose(drops: Mapping[Choice, float], space: Space) -> Choice | None:
+    """Return the next candidate, or None where the plan of the search is carried out.
+
+    Args:
+        drops: points lost by every candidate tried; infinite where it failed or is in another worker's hands.
+        space: what may be tried.
+
+    Example:
+        >>> propose({}, Space(max_drop=1.0))
+        Choice(fewer_macs=1.0, drop_blocks=0, weight_bits=8, epochs=0, step_back=True)
+    """
+    try:
+        _search(drops, space)
+    except _Wanted as wanted:
+        return wanted.choice
+    return None
+
+
+def _search(drops: Mapping[Choice, float], space: Space) -> None:
+    def keeps(choice: Choice) -> bool:
+        if choice not in drops:
+            raise _Wanted(choice)
+        return drops[choice] <= space.max_drop
+
+    def narrow(choice: Choice) -> bool:
+        """Try a network at 8 bits, then at fewer as long as the budget holds."""
+        if not keeps(choice):
+            return False
+        if space.objective != "latency":
+            for bits in FEW_BITS:
+                if not keeps(Choice(**(vars(choice) | {"weight_bits": bits, "step_back": False}))):
+                    break
+        return True
+
+    def climb(low: float, epochs: int) -> float:
+        """Find the largest factor of multiplications that keeps the budget; ``low`` does."""
+        high: float | None = None
+        while low < space.most and (high is None or high / low > CLOSE):
+            ratio = round(min(low * STRIDE, space.most) if high is None else sqrt(low * high), 2)
+            if narrow(Choice(fewer_macs=ratio, epochs=epochs)):
+                low = ratio
+            else:
+                high = ratio
+        return low
+
+    narrow(Choice(weight_bits=FULL_BITS, step_back=True))
+    free = climb(1.0, 0)
+    if space.epochs:
+        best = climb(free, space.epochs)
+        for blocks in range(1, space.blocks + 1):
+            if not narrow(Choice(fewer_macs=best, drop_blocks=blocks, epochs=space.epochs)):
+                break

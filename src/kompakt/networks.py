@@ -1,0 +1,72 @@
+"""Networks that were pruned and trained, kept on disk so that many recipes can share one training."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from kompakt.build.structure import restructured
+from kompakt.errors import FormatError
+from kompakt.files import atomic_write
+from kompakt.graph.graph import Left
+from kompakt.job import Job
+from kompakt.plan.plan import Plan
+from kompakt.slim import Slim, slim
+from kompakt.weights import save_weights
+
+SECTIONS = {"prune", "sparsify", "finetune", "distill"}
+
+
+class _Told(BaseModel):
+    """What is kept beside the weights and the plan."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    did: str
+    name: str
+    left: tuple[tuple[str, str], ...]
+
+
+def slimmed(job: Job, example: Tensor) -> Slim:
+    """Prune, sparsify and train as the recipe says, or take what was made so before from ``job.networks``.
+
+    A network is found again by the sections of its recipe, the seed and the number of training examples; the folder
+    must serve one model and one data set. Masks of single weights are not kept: such networks are made anew.
+    """
+    asked = job.recipe
+    if job.networks is None or job.plan is not None or asked.sparsify is not None:
+        return slim(job, example)
+    if asked.prune is None and not asked.finetune.epochs and asked.distill.student is None:
+        return slim(job, example)
+    folder = job.networks / network_key(job)
+    if (folder / "told.json").exists():
+        job.say("taking the network that was made before")
+        return _read(job, folder)
+    found = slim(job, example)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_weights(found.model, folder / "weights.safetensors")
+    atomic_write(folder / "plan.json", found.plan.to_json().encode())
+    told = _Told(did=found.did, name=found.name, left=tuple((item.name, item.reason) for item in found.left))
+    atomic_write(folder / "told.json", told.model_dump_json().encode())
+    return found
+
+
+def network_key(job: Job) -> str:
+    """Name a network by what decides it."""
+    sections = job.recipe.model_dump(mode="json", include=SECTIONS)
+    text = json.dumps([sections, job.seed, len(job.data.train)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _read(job: Job, folder: Path) -> Slim:
+    try:
+        told = _Told.model_validate_json((folder / "told.json").read_bytes())
+        plan = Plan.from_json((folder / "plan.json").read_text())
+        model = restructured(job.model, plan, load_file(folder / "weights.safetensors"))
+    except (OSError, ValidationError) as error:
+        raise FormatError(f"{folder}: not a network that was kept here ({error}); delete the folder") from None
+    left = tuple(Left(name=name, reason=reason) for name, reason in told.left)
+    return Slim(model=model.eval(), plan=plan, did=told.did, left=left, name=told.name)

@@ -1,0 +1,416 @@
+"""The search: what is tried next, what ships, and that it goes on after anything that stops it."""
+
+import importlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from torch import nn
+
+from kompakt.artifact.targets import target
+from kompakt.build.train import TrainSettings, shuffled, train
+from kompakt.data import Data
+from kompakt.engine.candidate import all_tried, folder_of
+from kompakt.engine.choice import Choice
+from kompakt.engine.explore import Asked, explore
+from kompakt.engine.frontier import Limits, choose, fronted, one_point_more
+from kompakt.engine.ledger import choice_of, open_ledger
+from kompakt.engine.strategy import Space, propose
+from kompakt.errors import BudgetError, InputError
+from kompakt.job import Job
+from kompakt.loaders import loader_split
+from kompakt.measure.result import Result, Tried
+from kompakt.plan.recipe import BudgetSection, DistillSection, FinetuneSection, PruneSection, QuantizeSection, Recipe
+from kompakt.search import compress
+from kompakt.weights import save_weights
+
+module = importlib.import_module("kompakt.engine.explore")
+SMALL = Space(max_drop=1.0, epochs=3, blocks=1)
+
+
+def walk(truth, space: Space) -> list[Choice]:
+    """Carry the plan of a search out where ``truth`` tells the drop of every choice."""
+    drops: dict[Choice, float] = {}
+    while (choice := propose(drops, space)) is not None:
+        assert choice not in drops
+        drops[choice] = truth(choice)
+        assert len(drops) < 80
+    return list(drops)
+
+
+@given(st.floats(0.05, 8), st.floats(0.0, 2.0), st.floats(0.0, 1.0), st.sampled_from(["size", "latency", "both"]))
+@settings(max_examples=60, deadline=None)
+def test_the_plan_of_a_search_ends_and_finds_the_largest_factor(slope, bits, taught, objective) -> None:
+    space = Space(max_drop=1.0, epochs=3, objective=objective)
+
+    def truth(choice: Choice) -> float:
+        rate = slope * (taught if choice.epochs else 1.0)
+        return rate * (choice.fewer_macs - 1) + bits * (8 - choice.weight_bits) / 4
+
+    tried = walk(truth, space)
+    assert tried[0] == Choice(step_back=True)
+    inside = [choice for choice in tried if truth(choice) <= 1]
+    best = max(choice.fewer_macs for choice in inside)
+    assert truth(Choice(fewer_macs=min(space.most, 1.2 * best), epochs=3)) > 1 or best == space.most or taught == 0
+    if objective == "latency":
+        assert {choice.weight_bits for choice in tried} == {8}
+    trained = [choice.epochs > 0 for choice in tried]
+    assert trained == sorted(trained)  # what is cheap comes first
+
+
+def test_what_is_in_other_hands_is_not_proposed_again() -> None:
+    first = propose({}, SMALL)
+    assert propose({first: float("inf")}, SMALL) not in (None, first)
+    assert Choice(fewer_macs=1.5) in walk(lambda choice: 0.0, SMALL)
+    assert walk(lambda choice: float("inf"), SMALL)[-1].epochs == 3
+
+
+def tried(number: int, drop: float | None, size: int = 100, ratio: float = 1.0, half: float = 0.1) -> Tried:
+    ends = None if drop is None else (drop - half, drop + half)
+    state = "failed" if drop is None else "verified"
+    return Tried(number=number, what=f"c{number}", state=state, drop_points=drop, drop_ci95=ends,
+                 size_bytes=4 * size, packed_bytes=size, latency_ratio=ratio)  # fmt: skip
+
+
+POINTS = [tried(0, 0.0), tried(1, 0.5, 50, 0.8), tried(2, 0.9, 20, 0.9), tried(3, 1.8, 10, 0.3), tried(4, None),
+          tried(5, 0.95, 60, 0.95)]  # fmt: skip
+
+
+def test_the_best_within_the_limits_ships() -> None:
+    assert choose(POINTS, Limits(max_drop=1.0), "size").number == 2
+    assert choose(POINTS, Limits(max_drop=1.0), "latency").number == 1
+    assert choose(POINTS, Limits(max_drop=0.95, confident=True), "size").number == 1
+    assert choose(POINTS, Limits(max_drop=2.0), "both").number == 3
+    assert choose(POINTS, Limits(max_drop=2.0, max_ratio=0.85, max_bytes=200), "size").number == 3
+    assert choose(POINTS, Limits(max_drop=-1.0), "size").number == 0  # nothing keeps it: the nearest
+    assert choose([POINTS[4]], Limits(), "size") is None
+
+
+@given(
+    st.lists(st.tuples(st.floats(-1, 3), st.integers(1, 9), st.sampled_from([0.2, 0.5, 1.0])), min_size=1, max_size=9)
+)
+def test_every_candidate_is_bettered_by_one_of_the_front_or_is_on_it(figures) -> None:
+    marked = fronted([tried(number, *rest) for number, rest in enumerate(figures)], 0)
+    front = [item for item in marked if item.front]
+    assert front
+    assert [item.chosen for item in marked] == [item.number == 0 for item in marked]
+    for item in marked:
+        assert item.front or any(
+            other.drop_points <= item.drop_points
+            and other.packed_bytes <= item.packed_bytes
+            and other.latency_ratio <= item.latency_ratio
+            for other in front
+        )
+
+
+def test_what_one_more_point_would_buy_is_said() -> None:
+    assert "candidate 3" in one_point_more(POINTS, Limits(max_drop=1.0), "size", POINTS[2])
+    assert "nothing" in one_point_more(POINTS[:3], Limits(max_drop=1.0), "size", POINTS[2])
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(),
+        Choice(fewer_macs=1.5, weight_bits=4, epochs=2).recipe(Recipe()),
+        Choice(drop_blocks=1).recipe(
+            Recipe(finetune=FinetuneSection(learning_rate=1e-5, teacher=("a.onnx", "b.onnx")))
+        ),
+        Recipe(quantize=QuantizeSection(keep=("a b", 'c"d'), average_bits=4.0), budget=BudgetSection(max_drop=0.5)),
+        Recipe(prune=PruneSection(channels=0.5), distill=DistillSection(student="shallower")),
+    ],
+)
+def test_recipes_are_written_as_they_are_read(recipe: Recipe) -> None:
+    assert Recipe.from_toml(recipe.to_toml()) == recipe
+
+
+# The whole search, on a small network that learns coloured squares.
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 16, 3, padding=1)
+        self.b = nn.Conv2d(16, 16, 3, padding=1)
+        self.fc = nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.b(self.a(x).relu()).relu().mean((2, 3)))
+
+
+def squares() -> Data:
+    """A data reference: noise with a bright square, whose place is the class."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(600) % 4
+    inputs = torch.randn(600, 3, 8, 8, generator=generator)
+    for index, label in enumerate(labels.tolist()):
+        inputs[index, label % 3, 2:5, 2:5] += 1.2 if label < 3 else -1.2
+    cuts = [(0, 400), (400, 500), (500, 600)]
+    train, validation, test = (loader_split([(inputs[a:b], labels[a:b])], "squares") for a, b in cuts)
+    return Data(train=train, validation=validation, test=test)
+
+
+def trained() -> nn.Module:
+    torch.manual_seed(0)
+    net = Net()
+    train(net, shuffled(squares().train, 40, seed=0), TrainSettings(epochs=8, learning_rate=0.05, seed=0))
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def net() -> nn.Module:
+    return trained()
+
+
+def job(net: nn.Module, out: Path, **more: object) -> Job:
+    recipe = Recipe(budget=BudgetSection(max_drop=20.0), quantize=QuantizeSection(calibration_examples=32))
+    made = Job(model=net, name="net", data=squares(), source="squares", target=target("onnxruntime"), out=out,
+               recipe=recipe, seconds=0.2, progress=False)  # fmt: skip
+    return replace(made, **more)  # type: ignore[arg-type]
+
+
+THREE = Asked(objective="size", candidates=3)
+
+
+@pytest.fixture(scope="module")
+def searched(net: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    out = tmp_path_factory.mktemp("searched")
+    return out, explore(job(net, out), THREE)
+
+
+def test_a_search_ships_the_best_candidate_and_its_recipe_makes_it_again(searched, net, tmp_path: Path) -> None:
+    out, result = searched
+    assert [item.number for item in result.candidates] == [0, 1, 2]
+    (chosen,) = [item for item in result.candidates if item.chosen]
+    assert chosen.packed_bytes == min(item.packed_bytes for item in result.candidates)
+    assert result.budget.met
+    assert (out / "model.onnx").read_bytes() == (folder_of(out, chosen.number) / "model.onnx").read_bytes()
+    again = compress(job(net, tmp_path, recipe=Recipe.read(out / "recipe.toml")))
+    for name in ("model.onnx", "model.kpk", "plan.json"):
+        assert (tmp_path / name).read_bytes() == (out / name).read_bytes()
+    assert again.drop_points == result.drop_points
+
+
+def test_the_same_search_again_makes_nothing_anew(searched, net, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, result = searched
+    monkeypatch.setattr(module, "verify", lambda *given: pytest.fail("made anew"))
+    assert explore(job(net, out), THREE).candidates == result.candidates
+
+
+def test_networks_are_trained_once_for_all_their_bits(net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe(budget=BudgetSection(max_drop=30.0), quantize=QuantizeSection(calibration_examples=32))
+    plan = [Choice(fewer_macs=1.3, weight_bits=bits, epochs=1) for bits in (8, 4)]
+    monkeypatch.setattr(module, "propose", lambda drops, space: next((c for c in plan if c not in drops), None))
+    one = job(net, tmp_path, recipe=recipe.model_copy(update={"finetune": FinetuneSection(epochs=1, batch_size=50)}))
+    result = explore(one, Asked(candidates=2))
+    assert len(list((tmp_path / "networks").iterdir())) == 1
+    assert [item.epochs for item in result.candidates] == [1, 1]
+    assert result.candidates[1].packed_bytes < result.candidates[0].packed_bytes
+
+
+def test_a_candidate_that_cannot_be_made_is_told_and_the_search_goes_on(
+    net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = module.verify
+
+    def broken(*given):
+        if given[3].weight_bits == 4:
+            raise RuntimeError("out of luck\nand more")
+        return real(*given)
+
+    monkeypatch.setattr(module, "verify", broken)
+    result = explore(job(net, tmp_path), THREE)
+    assert [item.state for item in result.candidates] == ["verified", "failed", "verified"]
+    assert any("out of luck" in line for line in result.decisions)
+    assert "more" not in result.candidates[1].note
+
+
+def test_an_interrupted_search_saves_the_best_so_far_and_goes_on(
+    net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = module.verify
+
+    def interrupted(*given):
+        if given[2] == 1:
+            raise KeyboardInterrupt
+        return real(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "verify", interrupted)
+        result = explore(job(net, tmp_path), THREE)
+    assert len(result.candidates) == 1
+    assert any("interrupted" in line for line in result.decisions)
+    assert (tmp_path / "model.onnx").exists()
+    assert len(explore(job(net, tmp_path), THREE).candidates) == 3
+
+
+def test_effort_ends_the_search(net, tmp_path: Path) -> None:
+    result = explore(job(net, tmp_path), Asked(minutes=0.01))
+    assert 1 <= len(result.candidates) <= 2
+    assert any("effort" in line for line in result.decisions)
+
+
+def test_a_full_disk_is_one_clear_line(net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*given):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "verify", full)
+    with pytest.raises(InputError, match="No space left on device; the same command goes on"):
+        explore(job(net, tmp_path), THREE)
+
+
+def test_no_candidate_at_all_is_one_clear_line(net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "verify", lambda *given: (_ for _ in ()).throw(RuntimeError("broken")))
+    with pytest.raises(BudgetError, match="no candidate could be made: broken"):
+        explore(job(net, tmp_path), Asked(candidates=1))
+
+
+def test_a_budget_that_nothing_keeps_is_not_met(net, tmp_path: Path) -> None:
+    result = explore(job(net, tmp_path), Asked(candidates=1, max_bytes=10))
+    assert not result.budget.met
+    assert result.budget.max_bytes == 10
+    assert (tmp_path / "model.onnx").exists()
+
+
+def test_a_metric_that_changes_is_refused(net, tmp_path: Path) -> None:
+    draws = iter(range(10**6))
+
+    def metric(outputs, labels):
+        return torch.full((len(labels),), float(next(draws))).numpy()
+
+    with pytest.raises(InputError, match="must be fixed"):
+        explore(job(net, tmp_path, metric=metric), THREE)
+
+
+def test_a_study_of_another_model_is_refused(searched, tmp_path: Path) -> None:
+    out, _ = searched
+    with pytest.raises(InputError, match=r"of something else \(model .* there"):
+        explore(job(Net().eval(), out), THREE)
+
+
+@pytest.mark.parametrize("url", ["sqlite:////nowhere/at/all.db", "nonsense://x"])
+def test_a_storage_that_cannot_be_reached_is_one_line(url: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be opened"):
+        open_ledger(tmp_path, url, {}, 0)
+
+
+def test_a_journal_cut_in_the_middle_of_a_line_is_read(tmp_path: Path) -> None:
+    ledger = open_ledger(tmp_path, None, {"a": "b"}, 0)
+    with ledger.taken(Choice(), SMALL) as (trial, choice):
+        ledger.tell(trial, tried(0, 0.5))
+    assert choice == Choice()
+    with (tmp_path / "study.journal").open("ab") as file:
+        file.write(b'{"op_code": 4, "work')
+    again = open_ledger(tmp_path, None, {"a": "b"}, 0)
+    assert list(again.drops({0: 0.5}).values()) == [0.5]
+    with again.taken(Choice(fewer_macs=2.0), SMALL) as (trial, choice):
+        assert trial.number == 1
+
+
+def test_a_trial_of_a_dead_worker_is_taken_over_and_one_of_a_live_worker_is_not(tmp_path: Path) -> None:
+    ledger = open_ledger(tmp_path, None, {}, 0)
+    other = open_ledger(tmp_path, None, {}, 0)
+    with (
+        ledger.taken(Choice(fewer_macs=1.5), SMALL) as (first, _),
+        other.taken(Choice(fewer_macs=2.0), SMALL) as (second, choice),
+    ):
+        assert (first.number, second.number) == (0, 1)
+        assert choice == Choice(fewer_macs=2.0)
+    with open_ledger(tmp_path, None, {}, 0).taken(Choice(), SMALL) as (third, choice):
+        assert third.number == 0
+        assert choice == Choice(fewer_macs=1.5)
+
+
+def test_beyond_the_plan_the_sampler_draws_the_same_for_the_same_seed(tmp_path: Path) -> None:
+    drawn = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        ledger = open_ledger(tmp_path / name, None, {}, 5)
+        for number in range(8):
+            with ledger.taken(None, SMALL) as (trial, choice):
+                drawn.append(choice)
+                ledger.tell(trial, tried(number, choice.fewer_macs, 100 - number))
+    assert drawn[:8] == drawn[8:]
+    assert len(set(drawn)) > 4
+
+
+WORKER = """
+import sys
+from pathlib import Path
+from safetensors.torch import load_file
+from kompakt.engine.explore import explore
+from tests.test_engine import THREE, Net, job
+net = Net()
+net.load_state_dict(load_file(sys.argv[2]))
+explore(job(net.eval(), Path(sys.argv[1])), THREE)
+"""
+
+
+def worker(out: Path, weights: Path) -> "subprocess.Popen[bytes]":
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-c", WORKER, str(out), str(weights)], env=environment,
+                            cwd=Path(__file__).parent.parent, stderr=subprocess.PIPE)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def weights(net: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "net.safetensors"
+    save_weights(net, path)
+    return path
+
+
+def killed(out: Path, weights: Path, times: int, seed: int) -> None:
+    """Kill a worker so many times, each at a moment of its own, then let one come to its end."""
+    moments = random.Random(seed)
+    for _ in range(times):
+        process = worker(out, weights)
+        while process.poll() is None and not (out / "study.journal").exists():
+            time.sleep(0.02)
+        time.sleep(moments.uniform(0.0, 3.0))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    process = worker(out, weights)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors.decode()
+
+
+def test_a_search_killed_at_any_moment_ends_with_the_same_artifact(searched, weights, tmp_path: Path) -> None:
+    out, result = searched
+    killed(tmp_path, weights, 2, seed=1)
+    for name in ("model.onnx", "model.kpk", "plan.json", "recipe.toml"):
+        assert (tmp_path / name).read_bytes() == (out / name).read_bytes()
+    found = Result.read(tmp_path / "result.json").candidates
+    assert [(item.number, item.what, item.packed_bytes) for item in found] == [
+        (item.number, item.what, item.packed_bytes) for item in result.candidates
+    ]
+
+
+def test_two_workers_share_a_study(weights, tmp_path: Path) -> None:
+    both = [worker(tmp_path, weights) for _ in range(2)]
+    for process in both:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors.decode()
+    found = all_tried(tmp_path)
+    assert len(found) in (3, 4)
+    assert len({item.what for item in found}) == len(found)
+    study = journal(tmp_path)
+    assert sorted(trial.number for trial in study.trials) == [item.number for item in found]
+    assert all(choice_of(trial) for trial in study.trials)
+
+
+def journal(out: Path) -> optuna.Study:
+    """Open a study as anybody would, optuna-dashboard among them."""
+    storage = JournalStorage(JournalFileBackend(str(out / "study.journal")))
+    return optuna.load_study(study_name="kompakt", storage=storage)
