@@ -15,7 +15,7 @@ from kompakt.coding.header import Coded, Entry, Huffman, Packed, write_entry
 from kompakt.coding.kernels import to_taps
 from kompakt.coding.models import SYMBOLS, histogram_codes, histogram_frequencies, write_histogram
 from kompakt.coding.options import Integers, plain_entry
-from kompakt.coding.rans import Call, capacity, encode
+from kompakt.coding.rans import Call, capacity, coded_size, encode
 from kompakt.coding.sides import side_call, side_symbols
 from kompakt.coding.stream import encode_values, make_bundles
 from kompakt.coding.tablesets import read_set
@@ -38,6 +38,29 @@ class _Coded:
     bits: int
 
 
+@dataclass(frozen=True)
+class Block:
+    """A block of which all but the coded section is written."""
+
+    head: bytes
+    rest: bytes
+    section: _Coded | None = None
+    lanes_log: int = 0
+    hidden: bytes = b""
+
+    @property
+    def size(self) -> float:
+        """About its bytes."""
+        coded = coded_size(_payload_bits(self.section), self.lanes_log) if self.section else 0.0
+        return len(self.head) + coded + len(self.rest)
+
+    def write(self) -> bytes:
+        """Its bytes."""
+        section = self.section
+        coded = encode(section.calls, self.lanes_log, section.bits, self.hidden) if section else b""
+        return b"".join((self.head, coded, self.rest))
+
+
 def encode_block(members: list[Integers]) -> bytes:
     """Code integer arrays together.
 
@@ -47,26 +70,32 @@ def encode_block(members: list[Integers]) -> bytes:
     Returns:
         the block; it has the number of members and all parameters, but not their shapes and dtypes.
     """
+    return min((block.write() for block in prepare_block(members)), key=len)
+
+
+def prepare_block(members: list[Integers]) -> tuple[Block, ...]:
+    """The ways to write a block of which the smallest is taken, before their coded sections are written."""
     choice = choose(members)
     found = _assemble(members, choice)
-    if len(found) > SMALL_BLOCK or not any(isinstance(entry, Coded) for entry in choice.entries):
-        return found
+    if found.size > SMALL_BLOCK or not any(isinstance(entry, Coded) for entry in choice.entries):
+        return (found,)
     # The tables and lanes of a coded section may cost a small block more than they save.
     plain = Choice(tuple(plain_entry(member.values)[0] for member in members))
-    return min(found, _assemble(members, plain), key=len)
+    return found, _assemble(members, plain)
 
 
-def _assemble(members: list[Integers], choice: Choice) -> bytes:
+def _assemble(members: list[Integers], choice: Choice) -> Block:
     streams, raw = _plain_sections(members, choice)
     entries = b"".join(_entry_bytes(entry, streams.get(index)) for index, entry in enumerate(choice.entries))
-    head, coded = varint(len(members)) + entries, b""
-    if any(isinstance(entry, Coded) for entry in choice.entries):
-        section = _code(members, choice)
-        lanes_log = _lanes(section, len(raw))
-        hidden = min(len(raw), capacity(1 << lanes_log, section.bits))
-        coded = encode(section.calls, lanes_log, section.bits, raw[:hidden])
-        head, raw = head + section.tables, raw[hidden:]
-    return b"".join((varint(len(head)), head, coded, *streams.values(), raw))
+    head = varint(len(members)) + entries
+    if not any(isinstance(entry, Coded) for entry in choice.entries):
+        return Block(varint(len(head)) + head, b"".join((*streams.values(), raw)))
+    section = _code(members, choice)
+    lanes_log = _lanes(section, len(raw))
+    hidden = min(len(raw), capacity(1 << lanes_log, section.bits))
+    head += section.tables
+    rest = b"".join((*streams.values(), raw[hidden:]))
+    return Block(varint(len(head)) + head, rest, section, lanes_log, raw[:hidden])
 
 
 def _entry_bytes(entry: Entry, stream: bytes | None) -> bytes:

@@ -12,11 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from kompakt.coding.bitpack import pack, packed_size, unpack
+from kompakt.coding.scalar import pop_call, push_call
 from kompakt.coding.wire import Cursor, varint
 from kompakt.errors import FormatError
 
 MOST_LANES_LOG = 13
 WORD_BITS = 32
+FEW_TO_WRITE, FEW_TO_READ = 32, 8
+STATE_BYTES = 5  # about what a lane's state takes, whatever it carries
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,11 @@ def symbol_of(entries: np.ndarray) -> np.ndarray:
     return (entries >> 16).astype(np.uint8)
 
 
+def coded_size(payload_bits: float, lanes_log: int) -> float:
+    """About the bytes of a coded section whose symbols take ``payload_bits``, without writing it."""
+    return payload_bits / 8 + STATE_BYTES * (1 << lanes_log)
+
+
 def capacity(lanes: int, bits: int) -> int:
     """Bytes that the initial states of ``lanes`` lanes can carry."""
     return (lanes - 1) * 2 * bits // 8
@@ -60,6 +68,11 @@ def encode(calls: list[Call], lanes_log: int, bits: int, payload: bytes) -> byte
     states = _initial(lanes, bits, payload)
     blocks: list[np.ndarray] = []
     for call in reversed(calls):
+        if lanes <= FEW_TO_WRITE:
+            plain = states.tolist()
+            blocks += [np.array(words, np.int64) for words in push_call(plain, call.frequencies, call.starts, bits)]
+            states[:] = plain
+            continue
         total = call.frequencies.size
         for start in reversed(range(0, total, 2 * lanes)):
             blocks.append(_push_round(states, call, start, min(start + 2 * lanes, total), bits))
@@ -110,8 +123,10 @@ class Reader:
         Raises:
             FormatError: the words are used up.
         """
-        entries = np.empty(contexts.size, np.int64)
         lanes = self._states.size
+        if lanes <= FEW_TO_READ:
+            return self._read_few(contexts, table)
+        entries = np.empty(contexts.size, np.int64)
         whole = contexts.size // (2 * lanes) * 2 * lanes
         rounds = (-1, 2, lanes)
         pops = (self._states, self._scratch, table.take)
@@ -139,6 +154,19 @@ class Reader:
         if self._at != self._words.size or carried[0] != 0 or bool((carried >> 2 * self._bits).any()):
             raise FormatError("coded section: the decoder does not end where an encoder begins; the file is corrupt")
         return pack(carried[1:], 2 * self._bits)[: capacity(carried.size, self._bits)]
+
+    def _read_few(self, contexts: np.ndarray, table: np.ndarray) -> np.ndarray:
+        # At most one word a lane and round is used.
+        most = -(-contexts.size // self.round) * self._states.size
+        left = self._words[self._at : self._at + most].tolist()
+        states, words = self._states.tolist(), iter(left)
+        try:
+            entries = pop_call(states, words, contexts, table, self._bits)
+        except StopIteration:
+            raise FormatError("coded section: its words are used up; the file is cut or corrupt") from None
+        self._states[:] = states
+        self._at += len(left) - len(list(words))
+        return entries
 
     def _pop(
         self, states: np.ndarray, scratch: np.ndarray, take: Callable, wanted: np.ndarray, found: np.ndarray

@@ -10,16 +10,15 @@ from torch import Tensor
 from kompakt.coding.planes import pieces
 from kompakt.errors import InputError
 from kompakt.federated.feedback import Feedback, remembered
-from kompakt.federated.layout import Layout, State, hash_state, layout_of, message_pieces, to_array
-from kompakt.federated.message import Header, write_message
-from kompakt.federated.rounding import Rounded, common_step, round_all, selected, tensor_steps
+from kompakt.federated.layout import Layout, Piece, State, hash_state, layout_of, message_pieces, to_array
+from kompakt.federated.message import Header, message_size, write_message
+from kompakt.federated.rounding import Rounded, common_step, find_step, round_all, selected, tensor_steps
 from kompakt.federated.spec import UpdateSpec
 from kompakt.federated.values import STEP_BIAS, deviation, working
 from kompakt.numerics.updates import LEAST_STEP, step_size
 
 DEFAULT = UpdateSpec()
-TRIALS = 6
-CLOSE = 0.93
+TRIALS = 4
 LEAST_BITS = 2048.0
 MOST_STATISTIC = 2**19
 
@@ -98,36 +97,37 @@ class _Sender:
         return self._fitted(kept, mask, last)
 
     def _fitted(self, kept: dict[str, Tensor], mask: Tensor | None, last: int | None) -> tuple[bytes, Rounded]:
-        """The message of the finest step that fits; the coder's own bytes correct the estimate."""
+        """The message of the finest step that fits; the coder's own sizes correct the estimate."""
         assert self._spec.ratio is not None
         state = sum(tensor.numel() * tensor.element_size() for tensor in self._base.values())
-        empty, _ = self._message({n: torch.zeros_like(c) for n, c in kept.items()}, dict.fromkeys(kept, 0), mask)
+        empty, nothing = self._message({n: c * 0 for n, c in kept.items()}, dict.fromkeys(kept, 0), mask)
         room = max(8 * (state / self._spec.ratio - len(empty)), min(LEAST_BITS, 8 * len(empty)))
-        limit, bits, best = len(empty) + room / 8, room, None
-        for _ in range(TRIALS):
-            step = common_step(kept, self._spec, bits, last)
+        limit = len(empty) + room / 8
+
+        def share(step: int) -> float:
+            size = message_size(*self._parts(kept, dict.fromkeys(kept, step), mask)[:3])
+            return 8 * (size - len(empty)) / room
+
+        step = find_step(share, common_step(kept, self._spec, room) if last is None else last)
+        for _ in range(TRIALS if step is not None else 0):
+            assert step is not None
             found = self._message(kept, dict.fromkeys(kept, step), mask)
-            size = len(found[0])
-            if size <= limit and (best is None or size > len(best[0])):
-                best = found
-            if CLOSE * limit <= size <= limit:
-                break
-            bits *= 0.985 * room / max(8.0 * (size - len(empty)), 1.0)
-            if bits > 64 * room:
-                break
-            last = step
-        return (
-            best
-            if best is not None
-            else self._message({n: c * 0 for n, c in kept.items()}, dict.fromkeys(kept, 0), mask)
-        )
+            if len(found[0]) <= limit:
+                return found
+            step += 1
+        return empty, nothing
 
     def _message(self, kept: dict[str, Tensor], steps: dict[str, int], mask: Tensor | None) -> tuple[bytes, Rounded]:
+        *parts, rounded = self._parts(kept, steps, mask)
+        return write_message(*parts), rounded
+
+    def _parts(
+        self, kept: dict[str, Tensor], steps: dict[str, int], mask: Tensor | None
+    ) -> tuple[Header, list[Piece], Iterator[np.ndarray], Rounded]:
         rounded = Rounded(codes=round_all(kept, steps, self._spec, self._seed), steps=steps, places=mask)
         places = None if mask is None else int(mask.sum())
         header = Header(base=self._hash, shift=self._spec.statistic_bits, seed=self._seed, places=places)
-        held = message_pieces(self._base, self._layout, places)
-        return write_message(header, held, self._arrays(rounded)), rounded
+        return header, message_pieces(self._base, self._layout, places), self._arrays(rounded), rounded
 
     def _arrays(self, rounded: Rounded) -> Iterator[np.ndarray]:
         """The pieces of a message, in order."""

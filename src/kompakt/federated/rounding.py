@@ -1,5 +1,7 @@
 """From differences to integer codes under a spec: which are sent, at which step, rounded how."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +11,7 @@ from kompakt.federated.spec import UpdateSpec
 from kompakt.numerics.updates import (
     LEAST_STEP,
     MOST_STEP,
+    STEPS_AN_OCTAVE,
     entropy_bits,
     keep_largest,
     keep_random,
@@ -20,9 +23,11 @@ from kompakt.numerics.updates import (
 
 MOST_CODE = 2**15 - 1
 JOINED = 2**12
-SAMPLE = 2**16
+SAMPLE = 2**15
 HALVINGS = 9
 SPAN = 128
+TRIALS = 7
+CLOSE, AIM = 0.93, 0.97
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,15 +70,8 @@ def tensor_steps(changes: dict[str, Tensor], bits: int) -> dict[str, int]:
     }
 
 
-def common_step(changes: dict[str, Tensor], spec: UpdateSpec, bits: float, start: int | None) -> int:
-    """The finest step, the same for all weights, whose codes take about ``bits`` bits.
-
-    Args:
-        changes: the differences.
-        spec: how they are rounded.
-        bits: what they may take.
-        start: the step of the last message, near which this one is looked for first.
-    """
+def common_step(changes: dict[str, Tensor], spec: UpdateSpec, bits: float) -> int:
+    """The finest step, the same for all weights, whose codes take about ``bits`` bits by their entropy."""
     total = sum(change.numel() for change in changes.values())
     every = max(1, total // SAMPLE)
     parts = [part[::every].float() for part in grouped(changes)]
@@ -86,14 +84,33 @@ def common_step(changes: dict[str, Tensor], spec: UpdateSpec, bits: float, start
     peak = max((float(part.abs().max()) for part in parts if part.numel()), default=0.0)
     high = min(max(step_code(peak) + 32, LEAST_STEP + SPAN), MOST_STEP)
     low = high - 2 * SPAN
-    if start is not None and low < start - 16 and start + 16 < high and fits(start + 16) and not fits(start - 16):
-        low, high = start - 16, start + 16
     for _ in range(HALVINGS):
         if high - low <= 1:
             break
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle) else (middle, high)
     return max(high, LEAST_STEP)
+
+
+def find_step(share: Callable[[int], float], start: int) -> int | None:
+    """A step whose codes take little less than their room; None where none was found.
+
+    Args:
+        share: of a step, the share of the room that its codes take.
+        start: where to begin, such as the step of the last message.
+    """
+    best, most, step = None, 0.0, min(max(start, LEAST_STEP), MOST_STEP)
+    tried: dict[int, float] = {}
+    while len(tried) < TRIALS and step not in tried:
+        tried[step] = found = share(step)
+        if most < found <= 1:
+            best, most = step, found
+        if CLOSE <= found <= 1:
+            break
+        # Bits fall about as step^-1.3; one step is a sixteenth of an octave.
+        move = STEPS_AN_OCTAVE * math.log2(max(found, 1e-3) / AIM) / 1.3
+        step = min(max(step + (round(move) or (1 if found > 1 else -1)), LEAST_STEP), MOST_STEP)
+    return best
 
 
 def grouped(changes: dict[str, Tensor]) -> list[Tensor]:
