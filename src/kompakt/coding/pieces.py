@@ -5,7 +5,7 @@ from math import prod
 
 import numpy as np
 
-from kompakt.coding.block import encode_block, prepare_block
+from kompakt.coding.block import Block, encode_block, prepare_block
 from kompakt.coding.options import Integers
 from kompakt.coding.planes import groups, join, specs, split
 from kompakt.coding.unblock import decode_block
@@ -20,9 +20,9 @@ def encode_pieces(held: list[tuple[np.ndarray, str]]) -> bytes:
     return encode_block(_members(held))
 
 
-def size_pieces(held: list[tuple[np.ndarray, str]]) -> float:
-    """About the bytes of ``encode_pieces``, in a part of its time."""
-    return min(block.size for block in prepare_block(_members(held)))
+def prepare_pieces(held: list[tuple[np.ndarray, str]]) -> tuple[Block, ...]:
+    """The ways in which ``encode_pieces`` could write its block, with their sizes."""
+    return prepare_block(_members(held))
 
 
 def _members(held: list[tuple[np.ndarray, str]]) -> list[Integers]:

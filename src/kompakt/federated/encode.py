@@ -11,14 +11,15 @@ from kompakt.coding.planes import pieces
 from kompakt.errors import InputError
 from kompakt.federated.feedback import Feedback, remembered
 from kompakt.federated.layout import Layout, Piece, State, hash_state, layout_of, message_pieces, to_array
-from kompakt.federated.message import Header, message_size, write_message
-from kompakt.federated.rounding import Rounded, common_step, find_step, round_all, selected, tensor_steps
+from kompakt.federated.message import Header, draft_message, write_message
+from kompakt.federated.rounding import Rounded, common_step, round_all, selected, tensor_steps
 from kompakt.federated.spec import UpdateSpec
 from kompakt.federated.values import STEP_BIAS, deviation, working
 from kompakt.numerics.updates import LEAST_STEP, step_size
 
 DEFAULT = UpdateSpec()
-TRIALS = 4
+TRIALS = 6
+CLOSE, AIM = 0.9, 0.96
 LEAST_BITS = 2048.0
 MOST_STATISTIC = 2**19
 
@@ -52,12 +53,12 @@ def encode_update(
     _check(new, base)
     changes = {name: _change(name, new, base, feedback) for name in layout.weights}
     sender = _Sender(new, base, layout, spec, seed)
-    data, rounded = sender.send(changes, None if feedback is None else feedback.step)
+    data, rounded, rate = sender.send(changes, 1.0 if feedback is None else feedback.rate)
     if feedback is not None:
         sent = {n: rounded.codes[n].to(changes[n].dtype) * step_size(rounded.steps[n]) for n in changes}
         feedback.residual = {name: changes[name] - sent[name] for name in changes}
         feedback.sent = sent
-        feedback.step = next(iter(rounded.steps.values()), None) if spec.ratio is not None else None
+        feedback.rate = rate
     return data
 
 
@@ -89,45 +90,45 @@ class _Sender:
         self._rest = [_statistic(name, new, base, spec.statistic_bits) for name in layout.statistics]
         self._rest += [_difference(new[name], base[name]) for name in layout.integers]
 
-    def send(self, changes: dict[str, Tensor], last: int | None) -> tuple[bytes, Rounded]:
-        """The message, and the codes that it holds."""
+    def send(self, changes: dict[str, Tensor], rate: float) -> tuple[bytes, Rounded, float]:
+        """The message, the codes that it holds, and its bits over their entropy."""
         kept, mask = selected(changes, self._spec, self._seed)
-        if self._spec.ratio is None:
-            return self._message(kept, tensor_steps(kept, self._spec.bits), mask)
-        return self._fitted(kept, mask, last)
+        if self._spec.ratio is not None:
+            return self._fitted(kept, mask, rate)
+        rounded = self._rounded(kept, tensor_steps(kept, self._spec.bits), mask)
+        return write_message(*self._parts(rounded)), rounded, rate
 
-    def _fitted(self, kept: dict[str, Tensor], mask: Tensor | None, last: int | None) -> tuple[bytes, Rounded]:
+    def _fitted(self, kept: dict[str, Tensor], mask: Tensor | None, rate: float) -> tuple[bytes, Rounded, float]:
         """The message of the finest step that fits; the coder's own sizes correct the estimate."""
         assert self._spec.ratio is not None
         state = sum(tensor.numel() * tensor.element_size() for tensor in self._base.values())
-        empty, nothing = self._message({n: c * 0 for n, c in kept.items()}, dict.fromkeys(kept, 0), mask)
-        room = max(8 * (state / self._spec.ratio - len(empty)), min(LEAST_BITS, 8 * len(empty)))
-        limit = len(empty) + room / 8
+        nothing = self._rounded({n: c * 0 for n, c in kept.items()}, dict.fromkeys(kept, 0), mask)
+        best = draft_message(*self._parts(nothing)), nothing, rate
+        empty = best[0].size
+        room = max(8 * (state / self._spec.ratio - empty), min(LEAST_BITS, 8 * empty))
+        tried: dict[int, float] = {}
+        step = common_step(kept, self._spec, AIM * room / rate)
+        while kept and step not in tried and len(tried) < TRIALS:
+            rounded = self._rounded(kept, dict.fromkeys(kept, step), mask)
+            draft = draft_message(*self._parts(rounded))
+            tried[step] = share = 8 * (draft.size - empty) / room
+            rate *= share / AIM
+            if best[0].size < draft.size and share < 1:
+                best = draft, rounded, rate
+            if CLOSE <= share < 1:
+                break
+            step = common_step(kept, self._spec, AIM * room / rate)
+            while step in tried and tried[step] >= 1:
+                step += 1
+        return best[0].write(), best[1], best[2]
 
-        def share(step: int) -> float:
-            size = message_size(*self._parts(kept, dict.fromkeys(kept, step), mask)[:3])
-            return 8 * (size - len(empty)) / room
+    def _rounded(self, kept: dict[str, Tensor], steps: dict[str, int], mask: Tensor | None) -> Rounded:
+        return Rounded(codes=round_all(kept, steps, self._spec, self._seed), steps=steps, places=mask)
 
-        step = find_step(share, common_step(kept, self._spec, room) if last is None else last)
-        for _ in range(TRIALS if step is not None else 0):
-            assert step is not None
-            found = self._message(kept, dict.fromkeys(kept, step), mask)
-            if len(found[0]) <= limit:
-                return found
-            step += 1
-        return empty, nothing
-
-    def _message(self, kept: dict[str, Tensor], steps: dict[str, int], mask: Tensor | None) -> tuple[bytes, Rounded]:
-        *parts, rounded = self._parts(kept, steps, mask)
-        return write_message(*parts), rounded
-
-    def _parts(
-        self, kept: dict[str, Tensor], steps: dict[str, int], mask: Tensor | None
-    ) -> tuple[Header, list[Piece], Iterator[np.ndarray], Rounded]:
-        rounded = Rounded(codes=round_all(kept, steps, self._spec, self._seed), steps=steps, places=mask)
-        places = None if mask is None else int(mask.sum())
+    def _parts(self, rounded: Rounded) -> tuple[Header, list[Piece], Iterator[np.ndarray]]:
+        places = None if rounded.places is None else int(rounded.places.sum())
         header = Header(base=self._hash, shift=self._spec.statistic_bits, seed=self._seed, places=places)
-        return header, message_pieces(self._base, self._layout, places), self._arrays(rounded), rounded
+        return header, message_pieces(self._base, self._layout, places), self._arrays(rounded)
 
     def _arrays(self, rounded: Rounded) -> Iterator[np.ndarray]:
         """The pieces of a message, in order."""

@@ -1,13 +1,14 @@
 """The bytes of an update: header, blocks, checksum. FORMAT.md §10 is the specification."""
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 
-from kompakt.coding.pieces import decode_pieces, encode_pieces, size_pieces
+from kompakt.coding.block import Block
+from kompakt.coding.pieces import decode_pieces, encode_pieces, prepare_pieces
 from kompakt.coding.wire import Cursor, varint
 from kompakt.errors import FormatError
 from kompakt.federated.layout import HASH_BYTES, Piece, blocks_of
@@ -41,17 +42,40 @@ def write_message(header: Header, held: list[Piece], arrays: Iterator[np.ndarray
         held: shape and dtype of each piece.
         arrays: the pieces.
     """
-    out = [_head(header)]
-    for block in _filled(held, arrays):
-        data = encode_pieces(block)
-        out += [varint(len(data)), data]
-    whole = b"".join(out)
+    return _sealed(_head(header), (encode_pieces(block) for block in _filled(held, arrays)))
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A message of which all but the coded sections is written.
+
+    Args:
+        head: what stands before the blocks.
+        blocks: of each block the ways to write it.
+    """
+
+    head: bytes
+    blocks: tuple[tuple[Block, ...], ...]
+
+    @property
+    def size(self) -> float:
+        """About the bytes of the message."""
+        sizes = [min(block.size for block in ways) for ways in self.blocks]
+        return len(self.head) + CHECK_BYTES + sum(size + len(varint(int(size))) for size in sizes)
+
+    def write(self) -> bytes:
+        """The message."""
+        return _sealed(self.head, (min(ways, key=lambda block: block.size).write() for ways in self.blocks))
+
+
+def draft_message(header: Header, held: list[Piece], arrays: Iterator[np.ndarray]) -> Draft:
+    """What ``write_message`` writes, with its size known before it is written; all of it is held in memory."""
+    return Draft(_head(header), tuple(prepare_pieces(block) for block in _filled(held, arrays)))
+
+
+def _sealed(head: bytes, blocks: Iterable[bytes]) -> bytes:
+    whole = b"".join([head, *(part for data in blocks for part in (varint(len(data)), data))])
     return whole + zlib.crc32(whole).to_bytes(CHECK_BYTES, "little")
-
-
-def message_size(header: Header, held: list[Piece], arrays: Iterator[np.ndarray]) -> float:
-    """About the bytes of ``write_message``, in a part of its time."""
-    return len(_head(header)) + CHECK_BYTES + sum(size_pieces(block) + 2 for block in _filled(held, arrays))
 
 
 def _head(header: Header) -> bytes:

@@ -1,7 +1,5 @@
 """From differences to integer codes under a spec: which are sent, at which step, rounded how."""
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +9,6 @@ from kompakt.federated.spec import UpdateSpec
 from kompakt.numerics.updates import (
     LEAST_STEP,
     MOST_STEP,
-    STEPS_AN_OCTAVE,
     entropy_bits,
     keep_largest,
     keep_random,
@@ -26,8 +23,6 @@ JOINED = 2**12
 SAMPLE = 2**15
 HALVINGS = 9
 SPAN = 128
-TRIALS = 7
-CLOSE, AIM = 0.93, 0.97
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,27 +85,6 @@ def common_step(changes: dict[str, Tensor], spec: UpdateSpec, bits: float) -> in
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle) else (middle, high)
     return max(high, LEAST_STEP)
-
-
-def find_step(share: Callable[[int], float], start: int) -> int | None:
-    """A step whose codes take little less than their room; None where none was found.
-
-    Args:
-        share: of a step, the share of the room that its codes take.
-        start: where to begin, such as the step of the last message.
-    """
-    best, most, step = None, 0.0, min(max(start, LEAST_STEP), MOST_STEP)
-    tried: dict[int, float] = {}
-    while len(tried) < TRIALS and step not in tried:
-        tried[step] = found = share(step)
-        if most < found <= 1:
-            best, most = step, found
-        if CLOSE <= found <= 1:
-            break
-        # Bits fall about as step^-1.3; one step is a sixteenth of an octave.
-        move = STEPS_AN_OCTAVE * math.log2(max(found, 1e-3) / AIM) / 1.3
-        step = min(max(step + (round(move) or (1 if found > 1 else -1)), LEAST_STEP), MOST_STEP)
-    return best
 
 
 def grouped(changes: dict[str, Tensor]) -> list[Tensor]:
