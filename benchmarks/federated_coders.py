@@ -40,7 +40,11 @@ def eight_bits(new: State, base: State, seed: int) -> tuple[int, float, State]:
         step = max(float(change.abs().max()), 1e-12) / 127
         found[name] = base[name] + (change / step).round() * step
         size += change.numel() + 4
-    return size + state_bytes({name: tensor for name, tensor in new.items() if name not in weights}), time.process_time() - begun, found
+    return (
+        size + state_bytes({name: tensor for name, tensor in new.items() if name not in weights}),
+        time.process_time() - begun,
+        found,
+    )
 
 
 class Ours:

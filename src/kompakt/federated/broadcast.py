@@ -17,11 +17,13 @@ class Packet:
 
     Args:
         number: of the state that the client holds afterwards.
-        whole: that state, for a client that holds none or one too old.
+        start: of the state that the first update is applied to.
+        whole: the state, for a client that holds none or one too old.
         updates: messages to be applied one after another.
     """
 
     number: int
+    start: int = 0
     whole: dict[str, Tensor] | None = None
     updates: tuple[bytes, ...] = ()
 
@@ -69,22 +71,28 @@ class Broadcast:
         if held is not None and (held == self.number or self._spec is not None) and 0 <= held <= self.number:
             updates = tuple(self._updates[held:])
             if sum(map(len, updates)) < state_bytes(self.state):
-                return Packet(number=self.number, updates=updates)
+                return Packet(number=self.number, start=held, updates=updates)
         return Packet(number=self.number, whole=dict(self.state))
 
 
-def open_packet(packet: Packet, held: State | None) -> dict[str, Tensor]:
+def open_packet(packet: Packet, held: State | None, number: int | None = None) -> dict[str, Tensor]:
     """The state that a packet makes of the one that a client holds.
+
+    Args:
+        packet: what came.
+        held: the state that the client holds, or None.
+        number: of that state, if it may be a later one than the sender thought; updates it has had are passed over.
 
     Raises:
         FormatError: the packet has updates and the client holds nothing, or something else.
     """
     if packet.whole is not None:
         return dict(packet.whole)
-    if held is None:
+    have = packet.start if number is None else number
+    if held is None or not packet.start <= have <= packet.number:
         raise FormatError("update: there is no state that it could be applied to; ask for a whole one")
     state = dict(held)
-    for update in packet.updates:
+    for update in packet.updates[have - packet.start :]:
         state = decode_update(update, state)
     return state
 

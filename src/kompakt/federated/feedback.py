@@ -23,6 +23,7 @@ class Feedback:
         residual: by weight, what was not sent.
         sent: by weight, what the last message sent.
         rate: bits of the last message over the entropy of its codes, by which the next finds its step sooner.
+        number: of the round that the last message was for, where rounds are numbered.
 
     Example:
         >>> from kompakt.federated import encode_update
@@ -33,10 +34,12 @@ class Feedback:
         True
     """
 
-    def __init__(self, residual: State | None = None, sent: State | None = None, rate: float = 1.0) -> None:
+    def __init__(
+        self, residual: State | None = None, sent: State | None = None, rate: float = 1.0, number: int | None = None
+    ) -> None:
         self.residual: dict[str, Tensor] = dict(residual or {})
         self.sent: dict[str, Tensor] = dict(sent or {})
-        self.rate = rate
+        self.rate, self.number = rate, number
 
     def settle(self, *, accepted: bool) -> None:
         """Forget what was sent if it was accepted; otherwise put it back into the residual."""
@@ -50,7 +53,7 @@ class Feedback:
         tensors = {f"residual.{name}": tensor for name, tensor in self.residual.items()}
         tensors |= {f"sent.{name}": tensor for name, tensor in self.sent.items()}
         with atomic_path(path) as temporary:
-            save_file(tensors, temporary, {"kompakt.feedback": json.dumps({"rate": self.rate})})
+            save_file(tensors, temporary, {"kompakt.feedback": json.dumps({"rate": self.rate, "number": self.number})})
 
     @staticmethod
     def load(path: str | Path) -> "Feedback":
@@ -63,17 +66,23 @@ class Feedback:
             return Feedback()
         try:
             with safe_open(path, "pt") as file:
-                rate = json.loads((file.metadata() or {})["kompakt.feedback"])["rate"]
+                head = json.loads((file.metadata() or {})["kompakt.feedback"])
+                rate, number = head["rate"], head["number"]
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, KeyError, ValueError, TypeError, OSError):
             raise FormatError(f"{path}: not a saved feedback; delete it to begin without a residual") from None
-        if type(rate) is not float or not 1e-6 < rate < 1e6 or not all(bool(t.isfinite().all()) for t in tensors.values()):
+        if (
+            type(rate) is not float
+            or type(number) not in (int, type(None))
+            or not 1e-6 < rate < 1e6
+            or not all(bool(t.isfinite().all()) for t in tensors.values())
+        ):
             raise FormatError(f"{path}: the residual is not finite; delete it to begin without one")
         parts = {
             role: {name.removeprefix(f"{role}."): t for name, t in tensors.items() if name.startswith(f"{role}.")}
             for role in ("residual", "sent")
         }
-        return Feedback(parts["residual"], parts["sent"], rate)
+        return Feedback(parts["residual"], parts["sent"], rate, number)
 
 
 def remembered(feedback: Feedback | None, name: str, like: Tensor) -> Tensor:
