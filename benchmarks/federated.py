@@ -1,9 +1,9 @@
 """Updates of a federation, coded: python -m benchmarks.federated [--long] [--mnist DIR] [--cifar DIR].
 
-Ten clients, all in every round, federated averaging; the same start, partition and batches for every coder. The short form
-is LeNet-5 and a small network with batch norms on MNIST, three seeds; ``--long`` is ResNet-20 on CIFAR-10 from a warm start.
-Cells are written as they are done to ``results/federated/NETWORK.jsonl`` and not measured again; ``--page`` writes docs/federated.md
-from them. Where NNCodec is installed, its cells are measured too.
+Ten clients, all in every round, federated averaging; the same start, partition and batches for every coder. The short
+form is LeNet-5 and a small network with batch norms on MNIST, three seeds; ``--long`` is ResNet-20 on CIFAR-10 from a
+warm start. Cells are written as they are done to ``results/federated/NETWORK.jsonl`` and not measured again; ``--page``
+writes docs/federated.md from them. Where NNCodec is installed, its cells are measured too.
 """
 
 import argparse

@@ -19,6 +19,7 @@ from kompakt.federated.limits import Limits
 from kompakt.federated.server import Server, Taken
 from kompakt.federated.spec import UpdateSpec
 
+Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
 DOWN = UpdateSpec(ratio=25.0)
 
 
@@ -175,9 +176,7 @@ class CompressedStrategy(Strategy):
         mean: dict[str, Tensor] = average_states(rest, [t.examples for t in taken]) if rest[0] else {}
         return to_arrays({n: made[n].to(old.dtype) if n in weights else mean[n] for n, old in state.items()})
 
-    def _scored(
-        self, evaluate: Callable[[int, ArrayRecord], MetricRecord | None]
-    ) -> Callable[..., MetricRecord | None]:
+    def _scored(self, evaluate: Evaluate) -> Evaluate:
         def scored(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
             found = evaluate(server_round, arrays)
             if self.server is None:

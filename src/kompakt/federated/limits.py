@@ -17,7 +17,7 @@ class Limits:
     Args:
         size: bytes of a message over those of the state; 4,096 bytes more are always allowed.
         change: Euclidean length of the change of all weights, over that of the base's weights (or 1, if that is less).
-        deviations: how far a running mean may move, in standard deviations of the base, and a running variance, in times.
+        deviations: how far a running mean may move, in deviations of the base, and a running variance, in times.
         examples: the most examples that a client may say it has: they are its weight in the mean.
 
     Raises:
