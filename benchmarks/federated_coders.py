@@ -86,7 +86,7 @@ class NNCodec:
             sparse = apply_unstruct_spars_v2(self._step, copied, target_sparsity=0.6, qp_density=np.int32(2))
             sparse = apply_struct_spars_v2(sparse, gain=0.9)
             data = nnc.compress(sparse, bitstream_path=str(Path(folder) / "update.nnc"), qp=self._step, use_dq=True,
-                                row_skipping=True, return_bitstream=True, compress_differences=True)  # fmt: skip
+                                row_skipping=True, return_bitstream=True)  # fmt: skip
             took = time.process_time() - begun
             found = nnc.decompress(bytearray(data))
         self._residual = {name: change[name] - np.asarray(found[name]) for name in names}
