@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from benchmarks.federated_coders import DOWN, MAKERS, State
 from benchmarks.federated_data import SETTINGS, Setting, Subject, load_subject, partition, start_of
+from benchmarks.federated_page import write_page
 from kompakt.federated.average import average_states, rebase
 from kompakt.federated.broadcast import Broadcast
 
@@ -103,6 +104,7 @@ def main() -> None:
     """Measure what is missing and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--long", action="store_true", help="ResNet-20 on CIFAR-10 too")
+    parser.add_argument("--page", action="store_true", help="only write docs/federated.md")
     parser.add_argument("--mnist", default="/tmp/mnist")
     parser.add_argument("--cifar", default="/tmp/data")
     parser.add_argument("--networks", nargs="+", default=None, choices=list(SETTINGS))
@@ -111,10 +113,12 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     RESULTS.mkdir(parents=True, exist_ok=True)
-    for network in arguments.networks or ["lenet5", "bnnet", *(["resnet20"] if arguments.long else [])]:
+    chosen = arguments.networks or ["lenet5", "bnnet", *(["resnet20"] if arguments.long else [])]
+    for network in [] if arguments.page else chosen:
         long = network == "resnet20"
         seeds = arguments.seeds or ([0] if long else [0, 1, 2])
         run(network, arguments.cifar if long else arguments.mnist, arguments.coders, seeds)
+    write_page(RESULTS, ROOT / "docs")
 
 
 if __name__ == "__main__":

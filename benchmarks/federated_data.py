@@ -52,9 +52,9 @@ class Setting:
 
 
 SETTINGS = {
-    "lenet5": Setting(rounds=10, examples=600),
-    "bnnet": Setting(rounds=10, examples=600),
-    "resnet20": Setting(rounds=8, examples=200, rate=0.03),
+    "lenet5": Setting(rounds=12, examples=1000),
+    "bnnet": Setting(rounds=12, examples=1000),
+    "resnet20": Setting(rounds=12, examples=150, rate=0.03),
 }
 
 

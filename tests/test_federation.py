@@ -1,5 +1,7 @@
 """Laws of a federation, without Flower: rounds go on whatever a client does, and nothing is lost."""
 
+import importlib
+import importlib.util
 import json
 import zlib
 from pathlib import Path
@@ -8,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kompakt.errors import FormatError, InputError
+from kompakt.errors import FormatError, InputError, MissingExtraError
 from kompakt.federated import Limits, Member, Server, UpdateSpec, average_states, encode_update
 from kompakt.federated.account import write_account
 from kompakt.federated.average import rebase
@@ -16,6 +18,7 @@ from kompakt.federated.broadcast import Broadcast, open_packet, state_bytes
 
 State = dict[str, Tensor]
 EXACT = UpdateSpec(ratio=None, bits=16, rounding="nearest", statistic_bits=12)
+COARSE = UpdateSpec(ratio=None, bits=4, rounding="nearest")
 SPARSE = UpdateSpec(ratio=None, bits=8, selection="top", keep=0.2, rounding="nearest")
 
 
@@ -118,7 +121,7 @@ def of_other_shapes(loop: Loop, base: State, good: bytes) -> bytes:
 def leaping(loop: Loop, base: State, good: bytes) -> bytes:
     far = {name: tensor.clone() for name, tensor in base.items()}
     far["bn.running_var"] *= 1e6
-    return encode_update(far, base, EXACT)
+    return encode_update(far, base, UpdateSpec(ratio=None, statistic_bits=4))
 
 
 HOSTILE = {
@@ -206,10 +209,10 @@ def test_what_was_not_taken_arrives_later_even_across_restarts(tmp_path: Path) -
     goal = trained(start(), 5)
     for number in range(1, 14):
         loop.server.begin(number)
-        member = loop.ask(0)
+        member = loop.ask(0)  # read from the disk each time
         assert member.state is not None
         new = goal if number == 1 else member.state  # it trains once, and then only has a residual
-        data = loop.member(0).encode(new, number)  # a new process each time
+        data = member.encode(new, number)
         if number not in (1, 3):  # two messages are lost on the way
             assert loop.server.receive(0, number, data, 1.0) is None
         loop.end()
@@ -218,7 +221,7 @@ def test_what_was_not_taken_arrives_later_even_across_restarts(tmp_path: Path) -
 
 
 def test_a_client_that_lost_its_folder_or_missed_rounds_is_brought_up_to_date(tmp_path: Path) -> None:
-    loop = Loop(tmp_path)
+    loop = Loop(tmp_path, down=COARSE)
     loop.begin()
     whole = state_bytes(start())
     for number in range(2, 5):
@@ -240,7 +243,7 @@ def test_a_client_that_lost_its_folder_or_missed_rounds_is_brought_up_to_date(tm
 
 
 def test_updates_that_a_client_has_had_are_passed_over() -> None:
-    sent = Broadcast(start(), EXACT)
+    sent = Broadcast(start(), COARSE)
     states = [start()]
     for seed in range(3):
         sent.advance(trained(start(), seed))
@@ -295,3 +298,9 @@ def test_the_account_has_every_byte(tmp_path: Path) -> None:
     assert f"{sum(sizes):,}" in page
     assert page.count("<svg") == 2
     assert (tmp_path / "out" / "federated-bytes.svg").read_text().startswith("<svg")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flwr") is not None, reason="Flower is installed")
+def test_without_flower_the_adapter_names_the_extra() -> None:
+    with pytest.raises(MissingExtraError, match=r"kompakt\[federated\]"):
+        importlib.import_module("kompakt.federated.flower")

@@ -30,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--deployment", action="store_true", help="processes on loopback instead of a simulation")
     parser.add_argument("--strategy", default="FedAvg", choices=["FedAvg", "FedAvgM", "FedAdam"])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("federated-account"))
     parser.add_argument("--timeout", type=float, default=600, help="seconds after which all is ended")
     arguments = parser.parse_args()

@@ -7,9 +7,11 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from digits.task import accuracy, examples, network, train
+from kompakt.federated import UpdateSpec
 from kompakt.federated.flower import CompressionMod
 
-app = ClientApp(mods=[CompressionMod(folder=os.environ.get("DIGITS_CLIENTS", ".kompakt-federated"))])
+FOLDER = os.environ.get("DIGITS_CLIENTS", ".kompakt-federated")
+app = ClientApp(mods=[CompressionMod(UpdateSpec(ratio=50.0), FOLDER)])
 
 
 @app.train()

@@ -19,7 +19,7 @@ from kompakt.numerics.updates import LEAST_STEP, step_size
 
 DEFAULT = UpdateSpec()
 TRIALS = 6
-CLOSE, AIM = 0.9, 0.96
+CLOSE, AIM, LEAST_SHARE = 0.9, 0.96, 0.05
 LEAST_BITS = 2048.0
 MOST_STATISTIC = 2**19
 
@@ -112,7 +112,7 @@ class _Sender:
             rounded = self._rounded(kept, dict.fromkeys(kept, step), mask)
             draft = draft_message(*self._parts(rounded))
             tried[step] = share = 8 * (draft.size - empty) / room
-            rate *= share / AIM
+            rate = min(max(rate * max(share, LEAST_SHARE) / AIM, 1e-3), 1e3)
             if best[0].size < draft.size and share < 1:
                 best = draft, rounded, rate
             if CLOSE <= share < 1:

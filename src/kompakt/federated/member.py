@@ -84,7 +84,7 @@ class Member:
         """
         if self.state is None:
             raise FormatError("update: there is no state that it could start from; ask for a whole one")
-        data = encode_update(new, self.state, self._spec, feedback=self.feedback, seed=seed + number)
+        data = encode_update(new, self.state, self._spec.at(number), feedback=self.feedback, seed=seed + number)
         self.feedback.number = number
         self.feedback.save(self._folder / "feedback.safetensors")
         return data

@@ -1,0 +1,68 @@
+"""docs/federated.md and its curves from the cells of ``benchmarks.federated``."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from kompakt.report.curves import Curve, curves_svg
+
+Cell = dict[str, Any]
+REFERENCE = "uncompressed"
+REMARKS = Path(__file__).with_name("federated_remarks.md")
+
+
+def write_page(results: Path, docs: Path) -> None:
+    """Write the page and one SVG a network and partition."""
+    head, method = REMARKS.read_text().split("<!-- tables -->\n")
+    parts = [head.rstrip()]
+    for path in sorted(results.glob("*.jsonl")):
+        cells = [json.loads(line) for line in path.read_text().splitlines()]
+        parts.append(f"\n## {path.stem}\n")
+        for kind in dict.fromkeys(cell["partition"] for cell in cells):
+            mine = [cell for cell in cells if cell["partition"] == kind]
+            picture = f"federated-{path.stem}-{kind}.svg"
+            (docs / picture).write_text(_curves(path.stem, kind, mine))
+            parts += [*_table(kind, mine), "", f"![accuracy by round]({picture})\n"]
+    (docs / "federated.md").write_text("\n".join([*parts, method]))
+
+
+def _table(kind: str, cells: list[Cell]) -> list[str]:
+    rows = [
+        f"\n{'IID' if kind == 'iid' else 'Dirichlet, α = 0.3'}, {len(cells[0]['up_bytes'])} rounds:\n",
+        "| coder | seeds | test, % | points below | bytes up | times fewer | bytes down | encoding / training |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for coder, mine in _by_coder(cells).items():
+        same = [c for c in cells if c["coder"] == REFERENCE and c["seed"] in {cell["seed"] for cell in mine}]
+        drops = [next(c for c in same if c["seed"] == cell["seed"])["test"] - cell["test"] for cell in mine if same]
+        up = [sum(map(sum, cell["up_bytes"])) for cell in mine]
+        floats = [sum(map(sum, cell["up_bytes"])) for cell in same]
+        down = statistics.mean(sum(cell["down_bytes"]) * len(cell["up_bytes"][0]) for cell in mine)
+        share = sum(cell["encode_s"] for cell in mine) / sum(cell["train_s"] for cell in mine)
+        rows.append(
+            f"| {coder} | {len(mine)} | {_mean([c['test'] for c in mine])} | {_mean(drops)} "
+            f"| {statistics.mean(up):,.0f} | {sum(floats) / sum(up) if floats else 0:.1f} "
+            f"| {down:,.0f} | {100 * share:.0f} % |"
+        )
+    return rows
+
+
+def _mean(values: list[float]) -> str:
+    if not values:
+        return "–"
+    half = (max(values) - min(values)) / 2
+    return f"{statistics.mean(values):.2f}" + (f" ± {half:.2f}" if len(values) > 1 else "")
+
+
+def _by_coder(cells: list[Cell]) -> dict[str, list[Cell]]:
+    return {coder: [c for c in cells if c["coder"] == coder] for coder in dict.fromkeys(c["coder"] for c in cells)}
+
+
+def _curves(network: str, kind: str, cells: list[Cell]) -> str:
+    curves = []
+    for coder, mine in _by_coder(cells).items():
+        means = [statistics.mean(values) for values in zip(*(cell["validation"] for cell in mine), strict=True)]
+        curves.append(Curve(name=coder, points=tuple((float(number), value) for number, value in enumerate(means))))
+    low = sorted(value for curve in curves for _, value in curve.points)
+    return curves_svg(f"{network}, {kind}: validation accuracy by round, %", tuple(curves), low=low[len(low) // 4])
