@@ -54,7 +54,7 @@ class Setting:
 SETTINGS = {
     "lenet5": Setting(rounds=12, examples=1000),
     "bnnet": Setting(rounds=12, examples=1000),
-    "resnet20": Setting(rounds=12, examples=150, rate=0.03),
+    "resnet20": Setting(rounds=10, examples=120, batch=16, rate=0.03),
 }
 
 
@@ -92,9 +92,9 @@ def start_of(network: str, seed: int) -> nn.Module:
 
 
 def load_subject(network: str, folder: str) -> Subject:
-    """Read what a network is trained on; 1,000 images of train are for validation."""
+    """Read what a network is trained on; 1,000 images of train (500 of CIFAR-10) are for validation."""
     if network == "resnet20":
-        data = open_data(folder, input_size=32, progress=False, validation=1000)
+        data = open_data(folder, input_size=32, progress=False, validation=500)
     else:
         grey = {"mean": (0.1307,), "std": (0.3081,), "channels": 1}
         data = open_data(folder, input_size=28, progress=False, validation=1000, **grey)

@@ -16,6 +16,8 @@ def write_page(results: Path, docs: Path) -> None:
     """Write the page and one SVG a network and partition."""
     head, method = REMARKS.read_text().split("<!-- tables -->\n")
     parts = [head.rstrip()]
+    if not any(results.glob("*.jsonl")):
+        parts.append("\n## Figures\n\nNot run yet.\n")
     for path in sorted(results.glob("*.jsonl")):
         cells = [json.loads(line) for line in path.read_text().splitlines()]
         parts.append(f"\n## {path.stem}\n")

@@ -37,6 +37,7 @@ def main() -> None:
     if not (BIN / "flwr").exists():
         sys.exit("Flower is not installed beside this Python; pip install 'kompakt[federated]'")
     out = arguments.out.resolve()
+    (out / "federated.json").unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         home, link = Path(folder), _port()
         environment = _environment(home)
@@ -56,9 +57,11 @@ def main() -> None:
         run = [str(BIN / "flwr"), "run", str(APP), "here", "--stream", "--run-config", knobs]
         found = subprocess.run(run, env=environment, timeout=arguments.timeout, check=False).returncode
         logs = [path.read_text()[-4000:] for path in (*home.glob("link"), *home.glob("node-*"))]
-    if found or not (out / "federated.json").exists():
-        sys.exit("\n".join([*logs, f"flwr ended with {found}"]))
-    _say(json.loads((out / "federated.json").read_text()), out)
+    account = json.loads((out / "federated.json").read_text()) if (out / "federated.json").exists() else {"scores": []}
+    # ``flwr run`` ends well even where the app did not.
+    if found or not account["scores"] or account["scores"][-1]["round"] != arguments.rounds:
+        sys.exit("\n".join([*logs, "the app did not come to its last round; see above"]))
+    _say(account, out)
 
 
 def _say(account: dict, out: Path) -> None:
