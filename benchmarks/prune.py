@@ -67,14 +67,15 @@ def baseline(cells: Cells, bench: Bench) -> None:
 
 def run_tuned(cells: Cells, bench: Bench, given: argparse.Namespace, ratios: list[float]) -> None:
     """Train the choices of both tools and the unpruned control, alike."""
-    tuning = Tuning(epochs=given.epochs, steps=given.steps)
-    for seed in range(given.seeds):
+    tuning = Tuning(epochs=given.epochs, learning_rate=given.rate, distill=given.distill, steps=given.steps)
+    for seed in given.seeds:
         rows = [("unpruned", "", 1.0, "none")]
         for ratio in ratios:
             rows += [("kompakt", best(cells, bench.name, ratio, "kompakt", bench.validation), ratio, "reconstruct")]
             rows += [("torch-pruning", best(cells, bench.name, ratio, "torch-pruning", bench.validation), ratio, "bn")]
-        for tool, setting, ratio, mend in rows:
-            key = {**_key(bench, ratio, tool, setting, mend, "test"), "part": "tuned", "seed": seed, **asdict(tuning)}
+        for tool, setting, ratio, mend in (row for row in rows if row[0] in given.tools):
+            how = {**asdict(tuning), "distill": tuning.distill if tool == "kompakt" else 0.0}
+            key = {**_key(bench, ratio, tool, setting, mend, "test"), "part": "tuned", "seed": seed, **how}
             cells.get(key, lambda k=key: tuned(bench, *_what(k)[:4], k["seed"], tuning, cells.spent))
 
 
@@ -110,8 +111,11 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--only", choices=["one-shot", "tuned", "latency"], help="this part; all by default")
     parser.add_argument("--model", choices=SUBJECTS, default="resnet20")
     parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS), help="fewer MACs")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--tools", nargs="+", default=["unpruned", *TOOLS], help="that are trained")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--rate", type=float, default=Tuning().learning_rate, help="highest learning rate")
+    parser.add_argument("--distill", type=float, default=Tuning().distill, help="kompakt's share of soft targets")
     parser.add_argument("--threads", type=int, default=1, help="of torch; files are always timed with one")
     parser.add_argument("--steps", type=int, default=0, help="stop training after so many steps: a smoke test")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop cleanly after this time")

@@ -23,7 +23,7 @@ from kompakt.augment import crop_and_flip
 from kompakt.build.evaluate import evaluate, reestimate_bn
 from kompakt.build.prune import apply_prune
 from kompakt.build.reconstruct import reconstruct
-from kompakt.build.train import Hooks, TrainSettings, shuffled, train
+from kompakt.build.train import Hooks, Objective, Teacher, Term, TrainSettings, shuffled, train
 from kompakt.data import Data, Split, open_data
 from kompakt.graph.coupling import Coupling, couple
 from kompakt.graph.fold import fold
@@ -54,6 +54,9 @@ OURS: dict[str, tuple[str, dict[str, Any], str, bool]] = {
     "knapsack-taylor_sum_abs-inner": ("knapsack", {"criterion": "taylor_sum_abs", **LOSS_UNITS}, "inner", True),
     "knapsack-taylor_sum_abs-all": ("knapsack", {"criterion": "taylor_sum_abs", **LOSS_UNITS}, "all", True),
     "sensitivity-l2-inner": ("sensitivity", {"criterion": "l2"}, "inner", True),
+    "sensitivity-l2-all": ("sensitivity", {"criterion": "l2"}, "all", True),
+    "sensitivity-taylor_sum_abs-inner": ("sensitivity", {"criterion": "taylor_sum_abs", **LOSS_UNITS}, "inner", True),
+    "sensitivity-taylor_sum_abs-all": ("sensitivity", {"criterion": "taylor_sum_abs", **LOSS_UNITS}, "all", True),
     "uniform-random-inner": ("uniform", {"criterion": "random"}, "inner", False),
 }
 """Setting → allocation, scoring, which channels may go, and whether it can be chosen (the control cannot)."""
@@ -116,13 +119,14 @@ class Bench:
         allocation, scoring, scope, _ = OURS[setting]
         stream = SUBJECTS[self.name].stream if scope == "inner" else ()
         scores = unit_scores(self.coupling, self.model.state_dict(), Scoring(**scoring), self.gradients)
-        knobs = Knobs(fewer_macs=ratio, allocation=allocation, ignore=stream)
-        drops = self._drops(scores) if allocation == "sensitivity" else None
+        size = {"ratio": ratio} if ratio < 1 else {"fewer_macs": ratio}
+        knobs = Knobs(**size, allocation=allocation, ignore=stream)
+        drops = self._drops(scoring["criterion"], scores) if allocation == "sensitivity" else None
         return channels(self.coupling, scores, knobs, drops=drops)
 
-    def _drops(self, scores: dict[str, Tensor]) -> dict[str, dict[int, float]]:
+    def _drops(self, criterion: str, scores: dict[str, Tensor]) -> dict[str, dict[int, float]]:
         """Measure the rise of the loss for every group and share, once, on training images."""
-        file = self.folder / "drops.json"
+        file = self.folder / f"drops-{criterion}.json"
         if not file.exists():
             part = list(self.mixed(SENSITIVITY_EXAMPLES))
 
@@ -151,9 +155,16 @@ class Bench:
             reestimate_bn(model, self.mixed(self.bn_examples))
         return model
 
-    def macs_ratio(self, model: nn.Module) -> float:
-        """How many times fewer MACs a network has."""
-        return macs(self.model, example(self.name)) / macs(model, example(self.name))
+    def smaller(self, model: nn.Module) -> dict[str, float]:
+        """How many times fewer MACs a network has, and the share of its convolutions' channels that is gone."""
+        before, after = (sum(c.out_channels for c in convolutions(m)) for m in (self.model, model))
+        fewer = macs(self.model, example(self.name)) / macs(model, example(self.name))
+        return {"macs_ratio": fewer, "channels_gone": 1 - after / before}
+
+
+def convolutions(model: nn.Module) -> list[nn.Conv2d]:
+    """List the convolutions of a network."""
+    return [module for module in model.modules() if isinstance(module, nn.Conv2d)]
 
 
 def one_shot(bench: Bench, tool: str, setting: str, ratio: float, mend: str, split: str) -> dict[str, Any]:
@@ -163,7 +174,7 @@ def one_shot(bench: Bench, tool: str, setting: str, ratio: float, mend: str, spl
     found = evaluate(fused(model), source.batches(BATCH))
     return {
         "accuracy": found.accuracy,
-        "macs_ratio": bench.macs_ratio(model),
+        **bench.smaller(model),
         "params": sum(parameter.numel() for parameter in model.parameters()),
         **({"correct": packed(found.correct.numpy())} if split == "test" else {}),
     }
@@ -181,12 +192,22 @@ def unpacked(text: str, count: int) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """How all networks are trained further; ``steps`` above 0 stops early (a smoke test)."""
+    """How all networks are trained further; ``steps`` above 0 stops early (a smoke test).
+
+    ``distill`` is the share of the loss that the original's soft targets have, for kompakt's networks alone: neither
+    torch-pruning nor the unpruned control is taught.
+    """
 
     epochs: int = 10
-    learning_rate: float = 0.02
+    learning_rate: float = 0.05
     batch_size: int = 128
+    distill: float = 0.9
     steps: int = 0
+
+    def objective(self) -> Objective:
+        """What a taught network minimises."""
+        soft = Term(loss="soft_targets", weight=self.distill, knobs={"temperature": 4.0})
+        return Objective(terms=(soft,), task_weight=1 - self.distill)
 
 
 def tuned(
@@ -198,7 +219,9 @@ def tuned(
         TimeUp: the time is used up; the checkpoint stays and the next call goes on from it.
     """
     model = bench.made(tool, setting, ratio, mend)
-    label = f"{tool}-{setting}-{ratio}-{mend}-{seed}-{tuning.epochs}-{tuning.steps}"
+    taught = tool == "kompakt" and tuning.distill > 0
+    recipe = f"{tuning.epochs}-{tuning.learning_rate}-{tuning.distill if taught else 0}-{tuning.steps}"
+    label = f"{tool}-{setting}-{ratio}-{mend}-{seed}-{recipe}"
 
     class Enough(Exception):
         pass
@@ -213,6 +236,7 @@ def tuned(
         epochs=tuning.epochs,
         learning_rate=tuning.learning_rate,
         warmup_epochs=min(1.0, tuning.epochs / 4),
+        channels_last=SUBJECTS[bench.name].channels_last,
         seed=seed,
         checkpoint=bench.folder / "checkpoints" / label,
         checkpoint_every=100,
@@ -221,7 +245,8 @@ def tuned(
     loader = shuffled(bench.data.train, tuning.batch_size, seed=seed, augment=crop_and_flip)
     start = time.perf_counter()
     with suppress(Enough):
-        train(model, loader, settings, hooks=Hooks(after_step=(watch,)))
+        teachers = {"objective": tuning.objective(), "teachers": (Teacher(model=bench.model),)} if taught else {}
+        train(model, loader, settings, hooks=Hooks(after_step=(watch,), progress=False), **teachers)
     seconds = time.perf_counter() - start
     file = export_onnx(fold(trace(model.eval(), example(bench.name))), bench.folder / f"{label}.onnx")
     limit = BATCH if tuning.steps else None
@@ -229,7 +254,7 @@ def tuned(
     return {
         "accuracy": float(correct.mean()),
         "correct": packed(correct),
-        "macs_ratio": bench.macs_ratio(model),
+        **bench.smaller(model),
         "train_s": seconds,
         "latency": beside(_float_file(bench), file, SUBJECTS[bench.name].size),
     }

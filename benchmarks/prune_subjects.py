@@ -14,7 +14,8 @@ from kompakt.zoo import resnet20
 
 ROOT = Path(__file__).parent.parent
 ZOO = ROOT.parent / "shared" / "zoo"
-RATIOS = (1.5, 2.0, 2.57, 4.0)
+RATIOS = (0.3, 1.5, 2.0, 2.57, 4.0)
+"""How many times fewer MACs; below 1 it is the share of the channels that goes, wherever they stand."""
 GRADIENT_EXAMPLES = 512
 BN_EXAMPLES = 1024
 
@@ -27,11 +28,13 @@ class Subject:
         size: of its input in pixels.
         stream: layers whose outputs are added up; left whole where only a block's inside is pruned.
         ends: the same as torch-pruning needs them: every layer that writes to the residual stream.
+        channels_last: the layout that it trains faster in here.
     """
 
     size: int
     stream: tuple[str, ...]
     ends: tuple[str, ...]
+    channels_last: bool = False
 
 
 SUBJECTS = {
@@ -39,6 +42,7 @@ SUBJECTS = {
         size=32,
         stream=("conv1", "layer2.0.conv2", "layer3.0.conv2"),
         ends=("conv1", *(f"layer{stage}.{block}.conv2" for stage in (1, 2, 3) for block in range(3))),
+        channels_last=True,
     ),
     "resnet18": Subject(
         size=48,

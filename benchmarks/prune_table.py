@@ -8,6 +8,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import torch
+
 from benchmarks.prune_cells import OURS, TimeUp, unpacked
 from benchmarks.prune_subjects import RATIOS, SUBJECTS
 from kompakt.errors import InputError
@@ -45,7 +47,13 @@ class Cells:
             return found
         if self.spent():
             raise TimeUp
-        cell = {"key": key, **measure(), "load": os.getloadavg()[0], "machine": machine()["cpu"]}
+        cell = {
+            "key": key,
+            **measure(),
+            "load": os.getloadavg()[0],
+            "threads": torch.get_num_threads(),
+            "machine": machine()["cpu"],
+        }
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / f"{key['part']}-{key['model']}.jsonl").open("a") as file:
             file.write(json.dumps(cell) + "\n")
@@ -64,6 +72,8 @@ def best(cells: Cells, model: str, ratio: float, tool: str, images: int) -> str:
         part="one-shot", model=model, ratio=ratio, tool=tool, split="validation", mend="bn", images=images
     )
     found = [cell for cell in found if tool != "kompakt" or OURS[cell["key"]["setting"]][3]]
+    if ratio < 1:  # a share of the channels: what an allocation of MACs removes may be less
+        found = [cell for cell in found if cell["channels_gone"] > ratio - 0.005]
     if not found:
         raise InputError(f"{model} at {ratio}×: no setting of {tool} was scored; run --only one-shot first")
     return str(max(found, key=lambda cell: cell["accuracy"])["key"]["setting"])

@@ -49,10 +49,15 @@ def cut(model, inputs, importance: str, scope: str, share: float, ends: tuple[st
 
 
 def to_ratio(name: str, importance: str, scope: str, ratio: float, whole: bool, gradients: dict):
-    """Return the largest network with at least ``ratio`` times fewer MACs, or None where there is none."""
+    """Return the largest network with at least ``ratio`` times fewer MACs, or None where there is none.
+
+    A ratio below 1 is the share of the channels that goes.
+    """
     model, inputs = build(name), example(name)
     last = "linear" if name == "resnet20" else "fc"
     ends = (last,) if whole else (last, *SUBJECTS[name].ends)
+    if ratio < 1:
+        return cut(model, inputs, importance, scope, ratio, ends, gradients)
     budget = macs(model, inputs) / ratio
     low, high, best = 0.0, 0.97, None
     for _ in range(STEPS):
