@@ -42,11 +42,11 @@ def settings(tool: str, cuts: list[str], without: list[str]) -> list[str]:
     return [name for name in (OURS if tool == "kompakt" else cuts) if not any(part in name for part in without)]
 
 
-def run_one_shot(cells: Cells, bench: Bench, cuts: list[str], ratios: list[float], without: list[str]) -> None:
+def run_one_shot(cells: Cells, bench: Bench, cuts: list[str], ratios: list[float], given: argparse.Namespace) -> None:
     """Choose on validation images, then score the choices on the test images."""
     for ratio in ratios:
         for tool in TOOLS:
-            for setting in settings(tool, cuts, without):
+            for setting in settings(tool, cuts, given.without):
                 key = _key(bench, ratio, tool, setting, "bn", "validation")
                 cells.get(key, lambda k=key: one_shot(bench, *_what(k)))
     for ratio in ratios:
@@ -54,7 +54,7 @@ def run_one_shot(cells: Cells, bench: Bench, cuts: list[str], ratios: list[float
         control = "uniform-random-inner"
         rows = [("kompakt", mine, "reconstruct"), ("torch-pruning", theirs, "bn"), ("kompakt", mine, "bn")]
         rows += [("kompakt", control, "bn"), ("kompakt", mine, "none"), ("torch-pruning", theirs, "none")]
-        for tool, setting, mend in rows:
+        for tool, setting, mend in rows[: given.rows]:
             key = _key(bench, ratio, tool, setting, mend, "test")
             cells.get(key, lambda k=key: one_shot(bench, *_what(k)))
 
@@ -122,6 +122,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--validation", type=int, default=5000, help="images that settings are chosen on")
     parser.add_argument("--bn", type=int, default=BN_EXAMPLES, help="images for batch norms' statistics")
     parser.add_argument("--without", nargs="*", default=[], help="leave out settings whose name contains one of these")
+    parser.add_argument("--rows", type=int, default=6, help="so many of the kinds of one-shot row on test images")
     parser.add_argument("--seconds", type=float, default=60.0, help="for each pair of files that is timed")
     parser.add_argument("--cifar", default="/tmp/data", help="CIFAR-10 as an image folder")
     parser.add_argument("--other", default="/work/env/tp/bin/python", help="the Python that has torch-pruning")
@@ -143,7 +144,7 @@ def main() -> int:
     try:
         if given.only in (None, "one-shot"):
             baseline(cells, bench)
-            run_one_shot(cells, bench, peers(bench, given.other), given.ratios, given.without)
+            run_one_shot(cells, bench, peers(bench, given.other), given.ratios, given)
         if given.only in (None, "tuned"):
             run_tuned(cells, bench, given, given.ratios)
         if given.only in (None, "latency"):
