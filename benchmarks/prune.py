@@ -18,11 +18,14 @@ from typing import Any
 import torch
 
 from benchmarks.prune_cells import OURS, Bench, TimeUp, Tuning, latency, one_shot, tuned
+from benchmarks.prune_page import page
 from benchmarks.prune_subjects import BN_EXAMPLES, RATIOS, ROOT, SUBJECTS
-from benchmarks.prune_table import Cells, best, page
+from benchmarks.prune_table import Cells, best
+from kompakt.measure.semi_sparse import semi_sparse, unavailable
 
 RESULTS = ROOT / "benchmarks" / "results" / "prune"
 TOOLS = ("kompakt", "torch-pruning")
+PARTS = ("one-shot", "tuned", "latency", "semi-sparse")
 
 
 def peers(bench: Bench, interpreter: str) -> list[str]:
@@ -86,6 +89,17 @@ def run_latency(cells: Cells, seconds: float) -> None:
         cells.get(key, lambda h=how: latency(ROOT / "out" / "prune" / "latency", h, seconds))
 
 
+def run_semi_sparse(cells: Cells) -> None:
+    """Time 2:4 linear layers on the sparse tensor cores, where there are any."""
+    if (reason := unavailable()) is not None:
+        print(reason, flush=True)
+        return
+    for size, rows in ((1024, 4096), (4096, 4096), (8192, 4096)):
+        key = {"part": "semi-sparse", "model": f"linear {size}", "rows": rows}
+        weight = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
+        cells.get(key, lambda w=weight, n=rows: asdict(semi_sparse(w, n)))
+
+
 def _key(bench: Bench, ratio: float, tool: str, setting: str, mend: str, split: str) -> dict[str, Any]:
     counts = {"validation": {"images": bench.validation}, "test": {"images": 10_000}}[split]
     examples = {"bn": bench.bn_examples, "reconstruct": bench.reconstruct_examples, "none": 0}[mend]
@@ -108,7 +122,7 @@ def _what(key: dict[str, Any]) -> tuple[Any, ...]:
 
 def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.prune")
-    parser.add_argument("--only", choices=["one-shot", "tuned", "latency"], help="this part; all by default")
+    parser.add_argument("--only", choices=PARTS, help="this part; all by default")
     parser.add_argument("--model", choices=SUBJECTS, default="resnet20")
     parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS), help="fewer MACs")
     parser.add_argument("--tools", nargs="+", default=["unpruned", *TOOLS], help="that are trained")
@@ -149,6 +163,8 @@ def main() -> int:
             run_tuned(cells, bench, given, given.ratios)
         if given.only in (None, "latency"):
             run_latency(cells, given.seconds)
+        if given.only in (None, "semi-sparse"):
+            run_semi_sparse(cells)
     except TimeUp:
         print("the time is used up; the same command goes on from here", flush=True)
     text = page(cells)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks.prune_subjects import BN_EXAMPLES, SUBJECTS, build, example, fused, macs
+from kompakt.allotment import gradients
 from kompakt.artifact.onnx import export_onnx
 from kompakt.augment import crop_and_flip
 from kompakt.build.evaluate import evaluate, reestimate_bn
@@ -33,7 +34,6 @@ from kompakt.methods.channels import Knobs, channels
 from kompakt.methods.scores import Scoring, unit_scores
 from kompakt.methods.sensitivity import measured_drops
 from kompakt.plan.plan import Plan
-from kompakt.slim import gradients
 
 BATCH = 100
 RECONSTRUCT_EXAMPLES = 256

@@ -22,7 +22,9 @@ from kompakt.methods.latency import Case
 from kompakt.methods.scores import Scoring, unit_scores
 from kompakt.plan.plan import Plan
 from kompakt.plan.recipe import PruneSection, SparsifySection
-from kompakt.slim import Slim, keeper, pruned, sparsified
+from kompakt.slim import pruned
+from kompakt.sparsity import sparsified
+from kompakt.training import Slim, keeper
 
 CASE = Case(kind="conv2d", input=(1, 4, 8, 8), weight=(6, 4, 3, 3), settings=((1, 1), (1, 1), (1, 1)))
 

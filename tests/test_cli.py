@@ -188,6 +188,15 @@ def test_analyze_ranks_the_layers(folder: Path, run: Run) -> None:
     assert set(json.loads(out)["divergence"]) == {"conv1", "conv2", "fc"}
 
 
+def test_analyze_plots_accuracy_against_the_share_that_is_gone(folder: Path, tmp_path: Path, run: Run) -> None:
+    status, out, _ = run("analyze", MODEL, "--data", folder, *SIZE, "--only", "pruning", "--out", tmp_path / "a")
+    assert status == 0
+    assert "conv1" in out
+    curves = json.loads((tmp_path / "a" / "analysis.json").read_text())["pruning"]
+    assert [[share for share, _ in curve] for curve in curves.values()] == [[0.0, 0.25, 0.5, 0.75]]
+    assert (tmp_path / "a" / "pruning.svg").read_text().startswith("<svg")
+
+
 def test_bench_compares_artifacts(compressed: Path, folder: Path, run: Run) -> None:
     files = (compressed / "baseline.onnx", compressed / "model.onnx")
     status, out, _ = run("bench", *files, "--data", folder, *SIZE, "--seconds", "0.2", "--json")

@@ -31,6 +31,7 @@ ORDER = (
     {"methods", "artifact"},
     {"measure"},
     {
+        "alignment",
         "allotment",
         "awareness",
         "bits",
@@ -45,7 +46,9 @@ ORDER = (
         "ship",
         "shrink",
         "slim",
+        "sparsity",
         "teaching",
+        "training",
     },
     {"cli"},
 )

@@ -2,7 +2,7 @@
 
 import copy
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,20 +13,22 @@ from torch import Tensor, nn
 
 from kompakt.artifact.targets import Target
 from kompakt.build.evaluate import evaluate, reestimate_bn
-from kompakt.build.prune import apply_prune
-from kompakt.data import Data
+from kompakt.build.prune import apply_prune, run_once
+from kompakt.build.structure import checked_structure
+from kompakt.data import Data, Split
 from kompakt.errors import BudgetError, InputError
 from kompakt.graph.coupling import Coupling
 from kompakt.graph.fold import fold
 from kompakt.graph.trace import trace
-from kompakt.measure.latency import interleave
+from kompakt.measure.latency import Times, interleave
 from kompakt.measure.layer_times import layer_times
 from kompakt.methods.channels import Knobs, channels, offered_widths
-from kompakt.methods.latency import cases, latency_cost, whole_ms
+from kompakt.methods.latency import Case, cases, latency_cost, whole_ms
 from kompakt.methods.sensitivity import measured_drops
 from kompakt.plan.plan import Plan
 
 EFFECT_EXAMPLES = 256
+GRADIENT_EXAMPLES = 512
 SPEED_SECONDS = 5.0
 SLACK = 1.1
 """So many times faster than asked is near enough; beyond, fewer channels need to go."""
@@ -52,13 +54,57 @@ class Timing:
 
     def speed(self, before: nn.Module, after: nn.Module, example: Tensor) -> float:
         """Measure how many times faster the file of ``after`` is than that of ``before``, interleaved."""
+        return 1 / self._timed({"before": before, "after": after}, example)["after"].ratio
+
+    def latency_ms(self, model: nn.Module, example: Tensor) -> float:
+        """Measure how long the file of a model takes for one example: the median."""
+        return self._timed({"alone": model}, example)["alone"].p50_ms
+
+    def layers(self, cases: Sequence[Case]) -> dict[Case, float]:
+        """Measure single layers, in milliseconds."""
+        return layer_times(cases, self.target, threads=self.threads, folder=self.folder, progress=self.progress)
+
+    def _timed(self, models: Mapping[str, nn.Module], example: Tensor) -> dict[str, Times]:
         with tempfile.TemporaryDirectory() as folder:
             runs = {}
-            for name, model in (("before", before), ("after", after)):
+            for name, model in models.items():
                 path = Path(folder) / f"{name}{self.target.suffix}"
                 self.target.export(fold(trace(model.eval(), example)), path, metadata={})
                 runs[name] = partial(self.target.open(path, self.threads), example[:1].numpy())
-            return 1 / interleave(runs, seconds=SPEED_SECONDS)["after"].ratio
+            return interleave(runs, seconds=SPEED_SECONDS)
+
+
+def times_faster_for(model: nn.Module, example: Tensor, timing: Timing, max_latency_ms: float) -> float:
+    """Say how many times faster a model has to be to keep a latency, measured on its own file.
+
+    Raises:
+        BudgetError: it keeps it already.
+    """
+    now = timing.latency_ms(model, example)
+    if now <= max_latency_ms:
+        raise BudgetError(
+            f"the original takes {now:.3g} ms in {timing.target.name} already, no more than the {max_latency_ms:g} ms "
+            "asked for: there is nothing to remove"
+        )
+    return now / max_latency_ms
+
+
+def need_faster(model: nn.Module, plan: Plan, example: Tensor, timing: Timing, times_faster: float) -> None:
+    """Refuse a plan whose file is not as many times faster as asked, timed beside the original's.
+
+    Raises:
+        PlanError: the plan does not fit the model.
+        BudgetError: it is not as fast; the message says how fast it is, and why where the plan shows it.
+    """
+    made = checked_structure(model, plan, example)
+    speed = timing.speed(model, made, example)
+    if speed < times_faster:
+        before, after = (trace(each.eval(), example).graph.macs for each in (model, made))
+        raise BudgetError(
+            f"the plan is not fast enough: its file is {speed:.2f}× as fast as the original's in {timing.target.name}, "
+            f"asked {times_faster:.2f}×; it has {before / max(1, after):.2f}× fewer multiply-accumulates: more "
+            "channels must go, in multiples of what the runtime likes (--align auto)"
+        )
 
 
 def allotted(
@@ -100,13 +146,7 @@ def faster(
         BudgetError: the target cannot be reached, or no plan that was tried is faster at all.
     """
     widths = offered_widths(coupling, knobs)
-    times = layer_times(
-        cases(coupling, widths),
-        timing.target,
-        threads=timing.threads,
-        folder=timing.folder,
-        progress=timing.progress,
-    )
+    times = timing.layers(cases(coupling, widths))
     budget_ms = whole_ms(coupling, widths, times) / times_faster
     tried: list[tuple[Plan, float]] = []
     for _ in range(TRIES):
@@ -132,13 +172,16 @@ def faster(
     return best
 
 
+def classifies(model: nn.Module, data: Data) -> bool:
+    """Whether a model gives one score a class and the data one class an example: what ``loss_on`` needs."""
+    inputs, labels = next(iter(data.train.batches(2, limit=2)))
+    outputs = run_once(model, inputs)
+    return isinstance(outputs, Tensor) and outputs.ndim == 2 and labels.ndim == 1 and not labels.is_floating_point()
+
+
 def loss_on(data: Data, seed: int) -> Callable[[nn.Module], float]:
     """Return a score for measuring effects: minus the cross entropy on training examples, batch norms mended."""
-    part = data.train.subset(min(EFFECT_EXAMPLES, len(data.train)), seed=seed)
-    inputs, labels = map(torch.cat, zip(*part.batches(64), strict=True))
-    # A folder lies in the order of its classes: batches of one class would give batch norms that class's variance.
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    batches = [(inputs[places], labels[places]) for places in order.split(64)]
+    batches = _mixed(data.train, seed)
 
     def score(model: nn.Module) -> float:
         made = copy.deepcopy(model)
@@ -147,3 +190,40 @@ def loss_on(data: Data, seed: int) -> Callable[[nn.Module], float]:
         return -float(F.cross_entropy(found.outputs, found.labels))
 
     return score
+
+
+def accuracy_on(data: Data, seed: int) -> Callable[[nn.Module], float]:
+    """Return a score for curves: accuracy in % on validation examples, batch norms mended on training examples."""
+    fitted, judged = _mixed(data.train, seed), _mixed(data.validation, seed)
+
+    def score(model: nn.Module) -> float:
+        made = copy.deepcopy(model)
+        reestimate_bn(made, fitted)
+        return 100 * evaluate(made.eval(), judged).accuracy
+
+    return score
+
+
+def _mixed(split: Split, seed: int) -> list[tuple[Tensor, Tensor]]:
+    """Return some examples in mixed batches."""
+    part = split.subset(min(EFFECT_EXAMPLES, len(split)), seed=seed)
+    inputs, labels = map(torch.cat, zip(*part.batches(64), strict=True))
+    # A folder lies in the order of its classes: batches of one class would give batch norms that class's variance.
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    return [(inputs[places], labels[places]) for places in order.split(64)]
+
+
+def gradients(model: nn.Module, data: Data | None, seed: int) -> dict[str, Tensor]:
+    """Sum the gradients of the cross entropy over some training examples."""
+    if data is None:
+        raise InputError("this criterion needs gradients: give --data")
+    part = data.train.subset(min(GRADIENT_EXAMPLES, len(data.train)), seed=seed)
+    parameters = dict(model.named_parameters())
+    total = {name: torch.zeros_like(value) for name, value in parameters.items()}
+    for inputs, labels in part.batches(64):
+        loss = F.cross_entropy(model(inputs), labels, reduction="sum")
+        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        for name, gradient in zip(parameters, found, strict=True):
+            if gradient is not None:
+                total[name] += gradient
+    return total

@@ -1,52 +1,37 @@
 """Make the network smaller before it is quantized: remove channels, then train what is left."""
 
-import copy
 import dataclasses
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kompakt.allotment import Timing, allotted, faster, loss_on
-from kompakt.augment import crop_and_flip
+from kompakt.alignment import alignment
+from kompakt.allotment import Timing, allotted, classifies, faster, gradients, loss_on, times_faster_for
 from kompakt.build.drop import apply_drop
 from kompakt.build.follow import follow
-from kompakt.build.prune import apply_prune, units_of
+from kompakt.build.prune import apply_prune, units_of, verify
 from kompakt.build.reconstruct import reconstruct
-from kompakt.build.train import Hooks, Objective, TrainSettings, reestimate_bn, shuffled, train
+from kompakt.build.structure import checked_structure
+from kompakt.build.train import reestimate_bn
 from kompakt.data import Data
 from kompakt.errors import InputError
 from kompakt.graph.coupling import Coupling, couple
-from kompakt.graph.graph import Left
 from kompakt.graph.trace import trace
 from kompakt.job import Job
 from kompakt.methods.blocks import drop_blocks, residual_blocks
 from kompakt.methods.channels import Knobs
 from kompakt.methods.scores import Scoring, unit_scores
-from kompakt.methods.sparse import SparseKnobs, masks, sparse
+from kompakt.methods.sparse import masks
 from kompakt.numerics.saliency import saliency
 from kompakt.plan.plan import Plan, Quantize, Share
-from kompakt.plan.recipe import FinetuneSection, PruneSection, SparsifySection
-from kompakt.teaching import learner, objective, taught_by, teachers
+from kompakt.plan.recipe import FinetuneSection, PruneSection
+from kompakt.sparsity import sparse_trained, thinned
+from kompakt.teaching import learner
+from kompakt.training import Slim, keeper, tuned
 
-GRADIENT_EXAMPLES = 512
 FIT_EXAMPLES = 512
 BN_EXAMPLES = 2048
-
-
-@dataclass(frozen=True, kw_only=True)
-class Slim:
-    """A smaller network, the plan that made it, what was done, which weights stay in training, the stage's name."""
-
-    model: nn.Module
-    plan: Plan
-    did: str
-    left: tuple[Left, ...] = ()
-    masks: Mapping[str, Tensor] = field(default_factory=dict)
-    name: str = ""
 
 
 def slim(job: Job, example: Tensor) -> Slim:
@@ -55,34 +40,51 @@ def slim(job: Job, example: Tensor) -> Slim:
     Raises:
         InputError, BudgetError: a knob does not fit the model, or the target cannot be reached.
     """
-    prune, thin, tune = job.recipe.prune, job.recipe.sparsify, job.recipe.finetune
+    prune, thin, tune, penalised = (
+        job.recipe.prune,
+        job.recipe.sparsify,
+        job.recipe.finetune,
+        job.recipe.sparse_training,
+    )
     if (text := job.recipe.distill.student) is not None:
         job.say(f"making the student {text}")
         return _taught(job, text, example)
     found = Slim(model=job.model, plan=Plan(), did="")
     if job.plan is not None:
-        found = _as_planned(job.model, job.plan, example)
+        found = as_planned(job.model, job.plan, example)
+    if penalised is not None:
+        if penalised.penalty == "l1" and prune is not None:
+            raise InputError("penalty l1 zeroes single weights; before channels go use group_lasso, bn_l1 or greg")
+        found = sparse_trained(found, job, penalised, example)
     if prune is not None and prune.rounds > 1:
-        return _in_rounds(job, prune, tune, example)
+        return _in_rounds(found, job, prune, tune, example)
     if prune is not None:
         job.say("removing channels")
-        cut = pruned(found.model, job.data, prune, example, job.seed, job.timing)
-        found = dataclasses.replace(cut, plan=Plan(entries=(*found.plan.entries, *cut.plan.entries)))
+        found = _after(found, pruned(found.model, job.data, prune, example, job.seed, job.timing))
     if thin is not None:
-        job.say("setting weights to zero")
-        found = sparsified(found, thin, example, job.data, job.seed)
+        return thinned(found, job, thin, tune, example)
     if tune.epochs:
         job.say(f"training for {tune.epochs} epochs")
         found = tuned(found, job, tune, example, job.seed)
     return found
 
 
-def _as_planned(model: nn.Module, plan: Plan, example: Tensor) -> Slim:
+def _after(found: Slim, cut: Slim) -> Slim:
+    """Join what was done before with what was removed after it."""
+    entries = (*found.plan.entries, *cut.plan.entries)
+    did = f"{found.did}; {cut.did}".removeprefix("; ")
+    return dataclasses.replace(cut, plan=Plan(entries=entries), did=did, left=(*found.left, *cut.left))
+
+
+def as_planned(model: nn.Module, plan: Plan, example: Tensor) -> Slim:
     """Carry out what a plan says of shapes; its integers and codebooks come later."""
     shapes = plan.without(*plan.of(Quantize), *plan.of(Share))
     if not shapes.entries:
         return Slim(model=model, plan=shapes, did="")
-    return Slim(model=apply_prune(model, shapes, example).eval(), plan=shapes, did="channels removed by the plan given")
+    made = checked_structure(model, shapes, example).eval()
+    keep = masks(shapes, dict(made.named_parameters()))
+    keeper(keep)(made, 0)
+    return Slim(model=made, plan=shapes, did="made smaller by the plan given", masks=keep)
 
 
 def _taught(job: Job, text: str, example: Tensor) -> Slim:
@@ -95,7 +97,7 @@ def _taught(job: Job, text: str, example: Tensor) -> Slim:
     return tuned(found, job, tune, example, job.seed) if tune.epochs else found
 
 
-def _in_rounds(job: Job, prune: PruneSection, tune: FinetuneSection, example: Tensor) -> Slim:
+def _in_rounds(found: Slim, job: Job, prune: PruneSection, tune: FinetuneSection, example: Tensor) -> Slim:
     """Prune a little, train, and again (Han et al. 2015, arXiv:1506.02626); every round starts from the last."""
     if tune.epochs < prune.rounds:
         raise InputError(f"{prune.rounds} rounds need at least as many epochs of training, found {tune.epochs}")
@@ -104,7 +106,6 @@ def _in_rounds(job: Job, prune: PruneSection, tune: FinetuneSection, example: Te
             f"{prune.rounds} rounds go with channels alone: leave out single weights and the plan, or rounds"
         )
     part, each = _share(prune), tune.model_copy(update={"epochs": tune.epochs // prune.rounds})
-    found = Slim(model=job.model, plan=Plan(), did="")
     for turn in range(prune.rounds):
         job.say(f"round {turn + 1} of {prune.rounds}: removing channels")
         first = {"drop_blocks": 0 if turn else prune.drop_blocks}
@@ -144,31 +145,54 @@ def pruned(
 
     Args:
         model: the original.
-        data: for gradients and for mending; without it neither is possible.
+        data: for gradients, measured effects and mending; without it none of them is possible.
         section: what the recipe says.
         example: a batch of inputs.
         seed: of the random criterion and of the examples that are drawn.
-        timing: where the latency allocation measures times.
+        timing: where times are measured: for the latency allocation and the alignment of widths.
     """
+    section = _settled(section, model, data)
     blocks = dropped(model, data, section.drop_blocks, example, seed)
     coupling = follow(blocks.model, couple(trace(blocks.model, example).graph), example)
     scoring = Scoring(criterion=section.criterion, seed=seed, **_units(section))
     grads = gradients(blocks.model, data, seed) if "grad" in saliency(section.criterion).needs else None
     scores = unit_scores(coupling, dict(blocks.model.state_dict()), scoring, grads)
-    knobs, speed = _knobs(section), None
+    knobs, speed = _knobs(section, coupling, timing), None
     if section.allocation == "latency":
-        if timing is None or section.times_faster is None:
-            raise InputError("the latency allocation needs to know how much faster: give --times-faster 2")
-        plan, speed = faster(blocks.model, coupling, scores, knobs, example, timing, section.times_faster)
+        assert timing is not None
+        times = _times_faster(section, blocks.model, example, timing)
+        plan, speed = faster(blocks.model, coupling, scores, knobs, example, timing, times)
     else:
         plan = allotted(blocks.model, coupling, scores, knobs, data, seed)
     made = apply_prune(blocks.model, plan, example)
+    verify(coupling, plan, made, example)
     if data is not None:
         made = _mended(blocks.model, made, coupling, plan, data, section, seed)
-    did = f"{blocks.did}; {_told(coupling, plan, section)}".removeprefix("; ")
+    did = f"{blocks.did}; {_told(coupling, plan, section, knobs)}".removeprefix("; ")
     did += "" if speed is None else f", measured {speed:.2f}× faster"
     whole = Plan(entries=(*blocks.plan.entries, *plan.entries))
     return Slim(model=made.eval(), plan=whole, did=did, left=coupling.left)
+
+
+def _settled(section: PruneSection, model: nn.Module, data: Data | None) -> PruneSection:
+    """Say how much goes where and how widths are aligned, where the recipe does not."""
+    timed = section.times_faster is not None or section.max_latency_ms is not None
+    if timed and section.allocation not in (None, "latency"):
+        raise InputError(f"times_faster and max_latency_ms go with the latency allocation, not {section.allocation}")
+    measured = data is not None and not timed and section.allocation is None and classifies(model, data)
+    allocation = (
+        "latency" if timed else section.allocation or ("sensitivity" if measured and not section.layers else "global")
+    )
+    align = section.align if section.align is not None else ("auto" if allocation == "latency" else 1)
+    return section.model_copy(update={"allocation": allocation, "align": align})
+
+
+def _times_faster(section: PruneSection, model: nn.Module, example: Tensor, timing: Timing) -> float:
+    if section.times_faster is not None:
+        return section.times_faster
+    if section.max_latency_ms is None:
+        raise InputError("the latency allocation needs to know how much faster: give --times-faster 2")
+    return times_faster_for(model, example, timing, section.max_latency_ms)
 
 
 def dropped(model: nn.Module, data: Data | None, count: int, example: Tensor, seed: int) -> Slim:
@@ -196,109 +220,29 @@ def _mended(
     return made
 
 
-def tuned(found: Slim, job: Job, section: FinetuneSection, example: Tensor, seed: int) -> Slim:
-    """Train the smaller network, taught as the recipe says; weights that were set to zero stay zero."""
-    model, distill = copy.deepcopy(found.model), job.recipe.distill
-    settings = TrainSettings(
-        epochs=section.epochs,
-        learning_rate=section.learning_rate,
-        warmup_epochs=min(1.0, section.epochs / 4),
-        seed=seed,
-    )
-    augment = crop_and_flip if section.augment == "crop_and_flip" else None
-    loader = shuffled(job.data.train, section.batch_size, seed=seed, augment=augment)
-    who = teachers(section, distill, job.model, job.out, len(job.data.train))
-    goal = objective(section, distill, job.model, model, example) if who else Objective()
-    hooks = Hooks(
-        progress=job.progress,
-        after_step=(keeper(found.masks),) if found.masks else (),
-        tensorboard=job.out / "tensorboard" if section.tensorboard else None,
-    )
-    train(model, loader, settings, objective=goal, teachers=who, hooks=hooks)
-    said = taught_by(section, distill) if who else ""
-    did = f"{found.did}; trained for {section.epochs} epochs{said}".removeprefix("; ")
-    return dataclasses.replace(found, model=model.eval(), did=did)
-
-
 def _units(section: PruneSection) -> dict[str, Any]:
     """Leave Taylor scores in units of the loss where groups are weighed against each other."""
     weighed = section.allocation in ("global", "knapsack", "latency") and section.criterion.startswith("taylor")
     return {"normalisation": "none", "reduction": "sum"} if weighed else {}
 
 
-def _knobs(section: PruneSection) -> Knobs:
+def _knobs(section: PruneSection, coupling: Coupling, timing: Timing | None) -> Knobs:
+    if timing is None and (section.align == "auto" or section.allocation == "latency"):
+        raise InputError("align auto and the latency allocation measure times: there is no runtime to measure them in")
+    align = alignment(coupling, timing.layers) if section.align == "auto" and timing is not None else section.align
     return Knobs(
         ratio=section.channels,
         fewer_macs=section.fewer_macs,
         fewer_params=section.fewer_params,
-        allocation=section.allocation,
-        align=section.align,
+        allocation=section.allocation or "global",
+        align=int(align or 1),
         min_width=section.min_width,
+        ratios=tuple(section.layers.items()),
         ignore=section.ignore,
     )
 
 
-def sparsified(found: Slim, section: SparsifySection, example: Tensor, data: Data | None, seed: int) -> Slim:
-    """Set weights to zero; ``masks`` of the result keep them so in training."""
-    n_of_m = None if section.n_of_m is None else tuple(int(part) for part in section.n_of_m.split(":"))
-    knobs = SparseKnobs(
-        sparsity=section.sparsity,
-        n_of_m=n_of_m,  # type: ignore[arg-type]  # the pattern has two parts
-        scope=section.scope,
-        criterion=section.criterion,
-        block=section.block,
-        ignore=section.ignore,
-    )
-    model = copy.deepcopy(found.model)
-    tensors = dict(model.named_parameters())
-    inputs = {"grad": gradients(model, data, seed)} if "grad" in saliency(section.criterion).needs else {}
-    plan, left = sparse(trace(model, example).graph, tensors, knobs, inputs)
-    keep = masks(plan, tensors, inputs)
-    keeper(keep)(model, 0)
-    if data is not None:
-        part = data.train.subset(min(BN_EXAMPLES, len(data.train)), seed=seed)
-        reestimate_bn(model, part.batches(128, shuffle=True, generator=torch.Generator().manual_seed(seed)))
-    zeros = sum(int((~mask).sum()) for mask in keep.values())
-    share = zeros / max(1, sum(mask.numel() for mask in keep.values()))
-    did = f"{found.did}; {100 * share:.1f} % of the weights of {len(keep)} layers set to zero".removeprefix("; ")
-    return Slim(
-        model=model.eval(),
-        plan=Plan(entries=(*found.plan.entries, *plan.entries)),
-        did=did,
-        left=(*found.left, *left),
-        masks=keep,
-    )
-
-
-def keeper(keep: Mapping[str, Tensor]) -> Callable[[nn.Module, int], None]:
-    """Return a hook for the training loop that sets to zero again what ``keep`` has False for."""
-
-    def after_step(model: nn.Module, step: int) -> None:
-        with torch.no_grad():
-            for name, weight in model.named_parameters():
-                if name in keep:
-                    weight.mul_(keep[name].to(weight.device, weight.dtype))
-
-    return after_step
-
-
-def gradients(model: nn.Module, data: Data | None, seed: int) -> dict[str, Tensor]:
-    """Sum the gradients of the cross entropy over some training examples."""
-    if data is None:
-        raise InputError("this criterion needs gradients: give --data")
-    part = data.train.subset(min(GRADIENT_EXAMPLES, len(data.train)), seed=seed)
-    parameters = dict(model.named_parameters())
-    total = {name: torch.zeros_like(value) for name, value in parameters.items()}
-    for inputs, labels in part.batches(64):
-        loss = F.cross_entropy(model(inputs), labels, reduction="sum")
-        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-        for name, gradient in zip(parameters, found, strict=True):
-            if gradient is not None:
-                total[name] += gradient
-    return total
-
-
-def _told(coupling: Coupling, plan: Plan, section: PruneSection) -> str:
+def _told(coupling: Coupling, plan: Plan, section: PruneSection, knobs: Knobs) -> str:
     """Say what a plan removes."""
     units = units_of(coupling, plan)
     before, after = coupling.cost_after(()), coupling.cost_after(units)
@@ -306,4 +250,5 @@ def _told(coupling: Coupling, plan: Plan, section: PruneSection) -> str:
     return (
         f"{share:.0%} of the channels removed by {section.criterion}, {section.allocation} allocation: "
         f"{before.macs / after.macs:.2f}× fewer MACs, {before.params / after.params:.2f}× fewer parameters"
+        + (f", widths in multiples of {knobs.align} (measured)" if section.align == "auto" else "")
     )

@@ -20,16 +20,16 @@ PER_HEAD = frozenset({"head_dim", "dim_head", "head_size", "dim_per_head", "head
 """Attributes that state one head's width: where it equals the number of heads, it is the number that changes."""
 
 
-def rounds(entries: Sequence[object]) -> list[tuple[list[Cut], list[Mend]]]:
-    """Sort a plan's entries into rounds of cuts that refer to the same sizes (see ``Prune``)."""
-    found: list[tuple[list[Cut], list[Mend]]] = []
+def rounds(entries: Sequence[object]) -> list[tuple[list[Prune], list[Mend]]]:
+    """Sort a plan's entries into rounds of removals that refer to the same sizes (see ``Prune``)."""
+    found: list[tuple[list[Prune], list[Mend]]] = []
     sizes: dict[tuple[str, int], int] = {}
     for entry in entries:
         if isinstance(entry, Prune):
             if not found or any(sizes.get((cut.tensor, cut.dim), cut.size) != cut.size for cut in entry.cuts):
                 found.append(([], []))
                 sizes = {}
-            found[-1][0].extend(entry.cuts)
+            found[-1][0].append(entry)
             sizes.update({(cut.tensor, cut.dim): cut.size for cut in entry.cuts})
         elif isinstance(entry, Mend):
             if not found:

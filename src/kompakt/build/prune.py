@@ -142,7 +142,8 @@ def apply_prune(model: nn.Module, plan: Plan, example: Tensor | tuple[Tensor, ..
         )
     """
     pruned = copy.deepcopy(model)
-    for cuts, mends in rounds(plan.entries):
+    for prunes, mends in rounds(plan.entries):
+        cuts = [cut for prune in prunes for cut in prune.cuts]
         cut_tensors(pruned, cuts)
         mend_numbers(pruned, mends)
         mend_layers(pruned, cuts)

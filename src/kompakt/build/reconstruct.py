@@ -145,7 +145,7 @@ def _refit(
     for batch in inputs:
         seen = _at(made, name, batch)[0]
         wanted = _at(original, name, batch)[1]
-        rows = patches(seen, _conv(layer))[0] if isinstance(layer, nn.Conv2d) else seen.flatten(0, -2)
+        rows = patches(seen, conv_of(layer))[0] if isinstance(layer, nn.Conv2d) else seen.flatten(0, -2)
         outputs = wanted.movedim(1, -1) if isinstance(layer, nn.Conv2d) else wanted
         fit.add(rows, outputs.flatten(0, -2)[:, kept])
     if not shifts:
@@ -161,9 +161,21 @@ def _refit(
         layer.bias.copy_(shift)
 
 
-def _conv(layer: nn.Conv2d) -> Conv:
-    assert not isinstance(layer.padding, str)
-    return Conv(kernel=layer.kernel_size, stride=layer.stride, padding=layer.padding, dilation=layer.dilation)
+def conv_of(layer: nn.Conv2d) -> Conv:
+    """Return the arguments of a convolution.
+
+    Raises:
+        InputError: its padding is not a number of zeros.
+    """
+    if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
+        raise InputError(f"a convolution padded by {layer.padding_mode}, {layer.padding}: expected numbers of zeros")
+    sizes = {"kernel": layer.kernel_size, "stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
+    return Conv(**sizes, groups=layer.groups)
+
+
+def layer_inputs(model: nn.Module, name: str, batch: Tensor) -> Tensor:
+    """Return the input of the layer ``name``; what comes after it is not run."""
+    return _at(model, name, batch)[0]
 
 
 def _at(model: nn.Module, name: str, batch: Tensor) -> Pair:

@@ -5,10 +5,13 @@ from itertools import groupby
 
 from torch import Tensor, nn
 
+from kompakt.build.cut import rounds
 from kompakt.build.drop import apply_drop
 from kompakt.build.factor import apply_factor
-from kompakt.build.prune import apply_prune, run_once
+from kompakt.build.prune import apply_prune, check, run_once
 from kompakt.errors import PlanError
+from kompakt.graph.coupling import couple
+from kompakt.graph.trace import trace
 from kompakt.plan import Drop, Factor, Mend, Plan, Prune
 
 APPLY = {Drop: apply_drop, Factor: apply_factor, Prune: apply_prune, Mend: apply_prune}
@@ -30,6 +33,26 @@ def apply_structure(model: nn.Module, plan: Plan, example: Tensor | tuple[Tensor
         model = apply(model, Plan(entries=tuple(run)))
     if example is not None:
         run_once(model, example)
+    return model
+
+
+def checked_structure(model: nn.Module, plan: Plan, example: Tensor) -> nn.Module:
+    """Carry out a plan that somebody gives, as ``apply_structure``, checking each removal against the model first.
+
+    Raises:
+        PlanError: the plan is for another model (the message says what differs), names a coupled part alone, or
+            leaves nothing of a layer.
+    """
+    entries = [entry for entry in plan.entries if type(entry) in APPLY]
+    for apply, run in groupby(entries, key=lambda entry: APPLY[type(entry)]):
+        if apply is not apply_prune:
+            model = apply(model, Plan(entries=tuple(run)))
+            continue
+        for prunes, mends in rounds(tuple(run)):
+            one = Plan(entries=(*prunes, *mends))
+            check(couple(trace(model, example).graph), one)
+            model = apply(model, one)
+    run_once(model, example)
     return model
 
 

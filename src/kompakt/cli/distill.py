@@ -6,7 +6,7 @@ import typer
 
 from kompakt.cli.compress import Out, run_job
 from kompakt.cli.options import DataOptions, ModelOptions, RunOptions
-from kompakt.cli.prune import TrainingOptions
+from kompakt.cli.training import TrainingOptions
 from kompakt.errors import InputError
 from kompakt.methods.students import FORMS
 from kompakt.plan.recipe import BudgetSection, DistillSection, Recipe, TermSection

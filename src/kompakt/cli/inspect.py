@@ -1,23 +1,18 @@
-"""``kompakt inspect`` and ``kompakt analyze``: facts about a model before anything is done to it."""
+"""``kompakt inspect``: facts about a model before anything is done to it."""
 
 import json
 from dataclasses import asdict
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from kompakt.artifact.targets import target
-from kompakt.cli.options import DataOptions, ModelOptions, RunOptions
-from kompakt.cli.voice import speaking
-from kompakt.graph.calibrate import calibrate
+from kompakt.cli.options import ModelOptions, RunOptions
 from kompakt.graph.coupling import couple
 from kompakt.graph.fold import fold
 from kompakt.graph.graph import Left
 from kompakt.graph.trace import Capture, trace
-from kompakt.measure.sensitivity import sensitivities
-from kompakt.methods.uniform import Knobs, uniform
-from kompakt.plan.rules import placed
+from kompakt.methods.uniform import uniform
 
 
 def inspect(model: ModelOptions, run: RunOptions) -> None:
@@ -36,31 +31,6 @@ def inspect(model: ModelOptions, run: RunOptions) -> None:
         )
         for item in left:
             console.print(f"left alone: {item.name}: {item.reason}", highlight=False)
-
-
-def analyze(model: ModelOptions, data: DataOptions, run: RunOptions) -> None:
-    """Measure how much the output suffers from quantizing each layer alone."""
-    rules = target("onnxruntime").rules
-    examples = data.open(model, run)
-    with speaking(run) as say:
-        say("capturing the model")
-        inputs = torch.cat([x for x, _ in examples.train.subset(256, seed=run.seed).batches(64)])
-        capture = fold(trace(model.load(run.seed), inputs[:2]))
-        say("calibrating")
-        stats = calibrate(capture, inputs.split(64), placed(capture.graph, rules))
-        found: dict[str, float] = {}
-        layers = [op.name for op in capture.graph.layers if op.kind in rules.layers]
-        for number, name in enumerate(layers, 1):
-            say(f"layer {number} of {len(layers)}")
-            found |= sensitivities(capture, rules, Knobs(), stats, inputs[:64], [name])
-    named = {capture.graph.by_name[name].module or name: value for name, value in found.items()}
-    if run.json:
-        print(json.dumps({"divergence": named}, indent=1))
-        return
-    table = Table("layer", "divergence of the output")
-    for name, value in sorted(named.items(), key=lambda item: -item[1]):
-        table.add_row(name, f"{value:.3g}")
-    Console().print(table)
 
 
 def _unfolded(capture: Capture) -> list:

@@ -6,13 +6,14 @@ from collections.abc import Callable
 
 import typer
 
+from kompakt.cli.analyze import analyze
 from kompakt.cli.bench import bench
 from kompakt.cli.compress import compress_command
 from kompakt.cli.demo import demo
 from kompakt.cli.distill import distill
 from kompakt.cli.export import check, export
 from kompakt.cli.flatten import flatten
-from kompakt.cli.inspect import analyze, inspect
+from kompakt.cli.inspect import inspect
 from kompakt.cli.pack import pack, unpack
 from kompakt.cli.pick import pick_command
 from kompakt.cli.prune import finetune, prune

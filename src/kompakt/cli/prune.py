@@ -1,6 +1,6 @@
 """``kompakt prune`` and ``kompakt finetune``."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from re import fullmatch
 from typing import Annotated, Literal
@@ -8,55 +8,24 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from kompakt.allotment import Timing
+from kompakt.allotment import Timing, need_faster, times_faster_for
 from kompakt.artifact.targets import target
 from kompakt.cache import cache_folder
 from kompakt.cli.compress import Out, run_job
 from kompakt.cli.options import DataOptions, ModelOptions, OptionalDataOptions, RunOptions
+from kompakt.cli.thin import PenaltyOptions, SparsityOptions
+from kompakt.cli.training import TrainingOptions
 from kompakt.cli.voice import speaking
 from kompakt.errors import InputError
 from kompakt.files import atomic_write, writable_folder
 from kompakt.graph.fold import fold
 from kompakt.graph.trace import trace
 from kompakt.plan.plan import Plan
-from kompakt.plan.recipe import BudgetSection, FinetuneSection, PruneSection, Recipe, SparsifySection
-from kompakt.slim import Slim, pruned, sparsified
+from kompakt.plan.recipe import BudgetSection, PruneSection, Recipe, SparsifySection
+from kompakt.slim import as_planned, pruned
+from kompakt.sparsity import sparsified
+from kompakt.training import Slim
 from kompakt.weights import save_weights
-
-SINGLE = ("magnitude", "lamp", "sensitivity")
-"""Criteria of single weights; where channels go as well, ``--criterion`` is theirs and weights go by magnitude."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingOptions:
-    """How to train."""
-
-    learning_rate: Annotated[float, typer.Option(help="highest rate of the cosine schedule", min=1e-8)] = 0.02
-    batch_size: Annotated[int, typer.Option(help="examples a step", min=1)] = 128
-    augment: Annotated[Literal["none", "crop_and_flip"], typer.Option(help="of the training images")] = "none"
-    teacher: Annotated[
-        list[str] | None, typer.Option(help="who teaches beside the labels: original, none or an ONNX file")
-    ] = None
-    temperature: Annotated[float, typer.Option(help="of the soft targets")] = 4.0
-    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="write OUT/tensorboard")] = False
-
-    def section(self, epochs: int) -> FinetuneSection:
-        """Return the recipe's section.
-
-        Raises:
-            InputError: the temperature is not positive.
-        """
-        if not self.temperature > 0:
-            raise InputError(f"--temperature {self.temperature:g}: expected a positive number; try 4")
-        return FinetuneSection(
-            epochs=epochs,
-            learning_rate=self.learning_rate,
-            batch_size=self.batch_size,
-            augment=self.augment,
-            teacher=tuple(self.teacher or ("original",)),
-            temperature=self.temperature,
-            tensorboard=self.tensorboard,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,98 +35,138 @@ class PruneOptions:
     channels: Annotated[float | None, typer.Option(help="share of the channels that goes, 0 to 1")] = None
     fewer_macs: Annotated[float | None, typer.Option(help="times fewer multiply-accumulates, e.g. 2")] = None
     fewer_params: Annotated[float | None, typer.Option(help="times fewer parameters")] = None
-    times_faster: Annotated[float | None, typer.Option(help="with --allocation latency: than the original")] = None
+    times_faster: Annotated[float | None, typer.Option(help="than the original, measured")] = None
+    max_latency_ms: Annotated[float | None, typer.Option(help="time for one example, measured")] = None
     drop_blocks: Annotated[int, typer.Option(help="residual blocks that go whole, by measured effect", min=0)] = 0
     rounds: Annotated[int, typer.Option(help="prune in so many steps, training between them", min=1)] = 1
-    align: Annotated[int, typer.Option(help="widths become multiples of this", min=1)] = 1
-    unstructured: Annotated[float | None, typer.Option(help="share of single weights set to zero instead")] = None
-    nm: Annotated[str | None, typer.Option(help="keep N of every M inputs instead, e.g. 2:4")] = None
+    align: Annotated[
+        str | None, typer.Option(help="widths become multiples of this; auto: measured, as with latency")
+    ] = None
     criterion: Annotated[str, typer.Option(help="l1, l2, taylor, bn_scale, geometric_median, random …")] = "l2"
     allocation: Annotated[
-        Literal["uniform", "global", "knapsack", "sensitivity", "latency"], typer.Option(help="how much goes where")
-    ] = "global"
+        Literal["uniform", "global", "knapsack", "sensitivity", "latency"] | None,
+        typer.Option(help="how much goes where; default: sensitivity with data, else global"),
+    ] = None
+    layer: Annotated[list[str] | None, typer.Option(help="NAME=SHARE: this layer's own share of channels")] = None
     ignore: Annotated[list[str] | None, typer.Option(help="layers that stay whole, by name or pattern")] = None
 
+    @property
+    def sizes(self) -> dict[str, float]:
+        """The options that say how far to go, those that are given."""
+        names = ("channels", "fewer_macs", "fewer_params", "times_faster", "max_latency_ms")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
     def section(self) -> PruneSection | None:
-        """Return the recipe's section about channels; None where single weights go.
+        """Return the recipe's section about channels; None where no size is given.
 
         Raises:
-            InputError: not exactly one of the sizes is given, or one is out of range.
+            InputError: more than one size is given, or one is out of range.
         """
-        sizes = (self.channels, self.fewer_macs, self.fewer_params, self.times_faster)
-        given = [value for value in sizes if value is not None]
-        if not given and (self.unstructured is not None or self.nm is not None):
-            if self.drop_blocks or self.rounds > 1:
-                raise InputError(
-                    "--drop-blocks and --rounds go with channels: add one of --channels 0.5, --fewer-macs 2"
-                )
+        if not self.sizes:
+            if self.drop_blocks or self.layer:
+                raise InputError("--drop-blocks and --layer go with channels: add --channels 0.5 or --fewer-macs 2")
             return None
-        if len(given) != 1:
+        if len(self.sizes) != 1:
             raise InputError("say how much to remove: one of --channels 0.5, --fewer-macs 2 and --fewer-params 2")
         if self.channels is not None and not 0 < self.channels < 1:
             raise InputError(f"--channels {self.channels:g}: expected a share between 0 and 1, such as 0.3")
         for name in ("fewer_macs", "fewer_params", "times_faster"):
             if (value := getattr(self, name)) is not None and value <= 1:
                 raise InputError(f"--{name.replace('_', '-')} {value:g}: expected more than 1, such as 2")
-        if (self.times_faster is not None) != (self.allocation == "latency"):
-            raise InputError("--times-faster and --allocation latency go together: say both or neither")
+        if self.max_latency_ms is not None and not self.max_latency_ms > 0:
+            raise InputError(f"--max-latency-ms {self.max_latency_ms:g}: expected a positive time, such as 5")
+        timed = not {"times_faster", "max_latency_ms"}.isdisjoint(self.sizes)
+        if self.allocation not in (None, "latency") and timed:
+            raise InputError(f"a measured time is kept by --allocation latency, not {self.allocation}: leave it out")
+        if self.allocation == "latency" and not timed:
+            raise InputError("--allocation latency needs --times-faster or --max-latency-ms")
         return PruneSection(
-            channels=self.channels,
-            fewer_macs=self.fewer_macs,
-            fewer_params=self.fewer_params,
-            times_faster=self.times_faster,
+            **self.sizes,
             drop_blocks=self.drop_blocks,
             rounds=self.rounds,
-            align=self.align,
+            align=_align(self.align),
             criterion=self.criterion,
-            allocation=self.allocation,
+            allocation="latency" if timed else self.allocation,
+            layers=dict(_share(text) for text in self.layer or ()),
             ignore=tuple(self.ignore or ()),
         )
 
-    def sparse_section(self) -> SparsifySection | None:
-        """Return the recipe's section about single weights, if they are asked for."""
-        if self.unstructured is None and self.nm is None:
-            return None
-        if self.unstructured is not None and not 0 < self.unstructured < 1:
-            raise InputError(f"--unstructured {self.unstructured:g}: expected a share between 0 and 1, such as 0.9")
-        if self.nm is not None and not fullmatch(r"[1-9]\d*:[1-9]\d*", self.nm):
-            raise InputError(f"--nm {self.nm}: expected N:M, such as 2:4")
-        alone = self.criterion if self.section() is None and self.criterion != "l2" else "magnitude"
-        if alone not in SINGLE:
-            raise InputError(f"--criterion {alone}: scores channels; for single weights use {', '.join(SINGLE)}")
-        return SparsifySection(
-            sparsity=self.unstructured,
-            n_of_m=self.nm,
-            criterion=alone,  # type: ignore[arg-type]  # one of SINGLE
-            ignore=tuple(self.ignore or ()),
-        )
+
+def _align(text: str | None) -> int | Literal["auto"] | None:
+    if text is None or text == "auto":
+        return text  # type: ignore[return-value]  # auto or nothing
+    if not fullmatch(r"[1-9]\d*", text):
+        raise InputError(f"--align {text}: expected auto or a number of channels, such as 8")
+    return int(text)
+
+
+def _share(text: str) -> tuple[str, float]:
+    name, _, share = text.partition("=")
+    if not fullmatch(r"0?\.\d+", share) or not 0 < float(share) < 1:
+        raise InputError(f"--layer {text}: expected NAME=SHARE, a share between 0 and 1, as in layer1.0.conv1=0.5")
+    return name, float(share)
 
 
 def prune(
     out: Out,
     model: ModelOptions,
     amount: PruneOptions,
+    single: SparsityOptions,
+    penalty: PenaltyOptions,
     data: OptionalDataOptions,
     training: TrainingOptions,
     run: RunOptions,
+    plan: Annotated[Path | None, typer.Option(help="plan.json of an earlier run, perhaps edited")] = None,
     finetune_epochs: Annotated[int, typer.Option(help="epochs of training afterwards", min=0)] = 0,
     max_drop: Annotated[float | None, typer.Option(help="points that may be lost", min=0.0)] = None,
 ) -> None:
     """Remove channels from MODEL; with --data also train and measure what is left."""
-    section, thin = amount.section(), amount.sparse_section()
+    given, wanted = (None if plan is None else Plan.read(plan)), None
+    if given is not None:
+        amount, wanted = _as_planned(amount)
+    section = amount.section()
+    rounds = 1 if section is not None else amount.rounds
+    thin = single.section(amount.criterion, rounds, tuple(amount.ignore or ()), alone=section is None)
+    penalised = penalty.section(training)
+    if section is None and thin is None and penalised is None and given is None:
+        raise InputError("say how much to remove: one of --channels 0.5, --fewer-macs 2 and --fewer-params 2")
+    if section is None and thin is None and amount.rounds > 1:
+        raise InputError("--rounds goes with channels or single weights: add --channels 0.5 or --unstructured 0.9")
+    if given is not None and wanted is not None:
+        _need_faster(given, wanted, model, run)
     if data.data is not None:
         recipe = Recipe(
+            sparse_training=penalised,
             prune=section,
             sparsify=thin,
             finetune=training.section(finetune_epochs),
             quantize=None,
             budget=BudgetSection(max_drop=max_drop),
         )
-        run_job("prune", recipe, "onnxruntime", out, model, data, run)
-    elif finetune_epochs or max_drop is not None:
-        raise InputError("--finetune-epochs and --max-drop need --data")
+        run_job("prune", recipe, "onnxruntime", out, model, data, run, given)
+    elif finetune_epochs or max_drop is not None or penalised is not None:
+        raise InputError("--finetune-epochs, --sparse-training and --max-drop need --data")
     else:
-        _without_data(section, thin, out, model, run)
+        _without_data(section, thin, given, out, model, run)
+
+
+def _as_planned(amount: PruneOptions) -> tuple[PruneOptions, PruneOptions | None]:
+    """Beside a plan only a measured time may be asked for, which the plan has to keep."""
+    timed = {"times_faster", "max_latency_ms"} & set(amount.sizes)
+    if len(timed) != len(amount.sizes) or amount.layer or amount.drop_blocks:
+        raise InputError("--plan says what goes: leave out the options that choose it, or the plan")
+    amount.section()
+    return replace(amount, times_faster=None, max_latency_ms=None), (amount if timed else None)
+
+
+def _need_faster(plan: Plan, wanted: PruneOptions, model: ModelOptions, run: RunOptions) -> None:
+    """Refuse a plan that is not as fast as asked, measured on its file beside the original's."""
+    network, example = model.load(run.seed), model.example()
+    timing = Timing(target=target("onnxruntime"), threads=run.threads, folder=cache_folder(), progress=not run.quiet)
+    times = wanted.times_faster
+    if times is None:
+        times = times_faster_for(network, example, timing, wanted.max_latency_ms or 0.0)
+    need_faster(network, plan, example, timing, times)
 
 
 def finetune(
@@ -174,18 +183,26 @@ def finetune(
 
 
 def _without_data(
-    section: PruneSection | None, thin: SparsifySection | None, out: Path, model: ModelOptions, run: RunOptions
+    section: PruneSection | None,
+    thin: SparsifySection | None,
+    plan: Plan | None,
+    out: Path,
+    model: ModelOptions,
+    run: RunOptions,
 ) -> None:
     """Prune by weights alone: nothing is trained or scored."""
     network = model.load(run.seed)
     folder = writable_folder(out)
     with speaking(run) as say:
         runtime, found = target("onnxruntime"), Slim(model=network, plan=Plan(), did="")
+        if plan is not None:
+            found = as_planned(network, plan, model.example())
         if section is not None:
             say("removing channels")
             timing = Timing(target=runtime, threads=run.threads, folder=cache_folder(), progress=not run.quiet)
             found = pruned(network, None, section, model.example(), run.seed, timing)
         if thin is not None:
+            _at_once(thin)
             say("setting weights to zero")
             found = sparsified(found, thin, model.example(), None, run.seed)
         save_weights(found.model, folder / "pruned.safetensors")
@@ -200,3 +217,8 @@ def _without_data(
         console.print(f"wrote {out}/: plan.json, pruned.onnx, pruned.safetensors", highlight=False, soft_wrap=True)
     if run.json:
         print(found.plan.to_json())
+
+
+def _at_once(thin: SparsifySection) -> None:
+    if thin.rounds > 1 or thin.soft or thin.schedule == "gradual" or thin.rewind is not None:
+        raise InputError("gradual schedules, soft masks, rounds and rewinding happen in training: give --data, epochs")

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from kompakt.cli.compress import Out, run_job
 from kompakt.cli.options import DataOptions, ModelOptions, RunOptions
-from kompakt.cli.prune import TrainingOptions
+from kompakt.cli.training import TrainingOptions
 from kompakt.errors import InputError
 from kompakt.plan.plan import Plan
 from kompakt.plan.recipe import BudgetSection, QatSection, QuantizeSection, Recipe

@@ -58,6 +58,12 @@ class Knobs:
         for name, ratio in (("ratio", self.ratio), ("max_ratio", self.max_ratio), *self.ratios):
             if ratio is not None and not 0 < ratio < 1:
                 raise InputError(f"{name}: {ratio} is not between 0 and 1; 0.5 removes half of the channels")
+        if self.ratio is not None and self.ratio > self.max_ratio:
+            raise InputError(
+                f"ratio {self.ratio:g}: no layer loses more than {self.max_ratio:g} of its channels; ask for less"
+            )
+        if self.ratios and self.allocation not in ("uniform", "global"):
+            raise InputError(f"shares of single layers go with uniform or global, not with {self.allocation}")
         for name, times in (("fewer_macs", self.fewer_macs), ("fewer_params", self.fewer_params)):
             if times is not None and times <= 1:
                 raise InputError(f"{name}: {times} is not above 1; 2.0 halves them")

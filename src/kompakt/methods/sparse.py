@@ -1,7 +1,7 @@
 """Unstructured, block and N:M sparsity: which layers, how sparse, by which criterion."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
@@ -25,7 +25,8 @@ class SparseKnobs:
         scope: ``layer``: the same share of every layer; ``global``: the lowest scores of all layers
             together (for LAMP, Lee et al. 2021, arXiv:2010.07611, that is the method).
         criterion: a criterion that scores single weights.
-        block: shape of blocks that go as a whole, e.g. ``(1, 1, 3, 3)`` for kernels.
+        block: shape of blocks that go as a whole, e.g. ``(4, 4)`` for linear layers.
+        kernels: whole kernels of convolutions go, whatever their shape.
         ignore: names or patterns of layers that stay dense.
     """
 
@@ -34,9 +35,12 @@ class SparseKnobs:
     scope: str = "layer"
     criterion: str = "magnitude"
     block: tuple[int, ...] = ()
+    kernels: bool = False
     ignore: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.kernels and (self.block or self.n_of_m is not None):
+            raise InputError("kernels go whole: say one of kernels, block and n_of_m")
         if (self.sparsity is None) == (self.n_of_m is None):
             raise InputError("say one of sparsity and n_of_m")
         if self.sparsity is not None and not 0 < self.sparsity < 1:
@@ -45,8 +49,10 @@ class SparseKnobs:
             raise InputError(f"{self.n_of_m[0]}:{self.n_of_m[1]}: N must be between 0 and M, as in 2:4")
         if self.scope not in ("layer", "global"):
             raise InputError(f"scope {self.scope!r} is unknown; use layer or global")
-        if self.scope == "global" and (self.n_of_m is not None or self.block):
+        if self.scope == "global" and (self.n_of_m is not None or self.block or self.kernels):
             raise InputError("a global scope takes single weights, not blocks or N:M")
+        if self.block and self.n_of_m is not None:
+            raise InputError("say one of block and n_of_m")
         if saliency(self.criterion).scores != "parameters":
             raise InputError(f"criterion {self.criterion!r} scores channels; use magnitude, lamp, sensitivity or obd")
 
@@ -87,10 +93,29 @@ def sparse(
     shares = _shares(chosen, tensors, knobs, inputs or {})
     n, m = knobs.n_of_m or (None, None)
     entries = tuple(
-        Sparsify(tensor=name, sparsity=shares.get(name), n=n, m=m, block=knobs.block, criterion=knobs.criterion)
+        Sparsify(
+            tensor=name,
+            sparsity=shares.get(name),
+            n=n,
+            m=m,
+            block=(1, 1, *tensors[name].shape[2:]) if knobs.kernels else knobs.block,
+            criterion=knobs.criterion,
+        )
         for name in chosen
     )
     return Plan(entries=entries), tuple(left)
+
+
+def eased(plan: Plan, share: float) -> Plan:
+    """Return a plan with a share of each layer's sparsity, as on the way of a gradual schedule."""
+    return Plan(
+        entries=tuple(
+            replace(entry, sparsity=entry.sparsity * share)
+            if isinstance(entry, Sparsify) and entry.sparsity is not None
+            else entry
+            for entry in plan.entries
+        )
+    )
 
 
 def masks(
@@ -147,6 +172,8 @@ def _unfit(weight: Tensor, knobs: SparseKnobs) -> str:
     """Say why a weight cannot have the pattern, or nothing."""
     if knobs.n_of_m is not None and weight.shape[1] % knobs.n_of_m[1]:
         return f"{weight.shape[1]} inputs are not a multiple of {knobs.n_of_m[1]}"
+    if knobs.kernels and (weight.ndim < 3 or weight[0, 0].numel() == 1):
+        return "has no kernels of more than one weight"
     if knobs.block and (
         len(knobs.block) != weight.ndim or any(s % b for s, b in zip(weight.shape, knobs.block, strict=True))
     ):

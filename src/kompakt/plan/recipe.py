@@ -61,8 +61,10 @@ class PruneSection(Section):
     """``[prune]``: coupled channels that are really removed; see ``kompakt.methods.channels.Knobs``.
 
     One of ``channels`` (the share that goes), ``fewer_macs`` and ``fewer_params`` (how many times fewer)
-    and, with the latency allocation, ``times_faster`` says how far. The score of a channel is ``criterion``,
-    how much goes where is ``allocation``. With ``reconstruct`` the layers that lost inputs are refitted on
+    and, with the latency allocation, ``times_faster`` or ``max_latency_ms`` says how far. The score of a channel is
+    ``criterion``, how much goes where is ``allocation``: where nothing is said, ``sensitivity`` with data, else
+    ``global``. Widths become multiples of ``align``: ``auto`` measures which, and is what the latency allocation does
+    where nothing is said. With ``reconstruct`` the layers that lost inputs are refitted on
     data; else batch norms are estimated anew. ``drop_blocks`` residual blocks go first, those whose loss
     costs least. ``rounds`` prunes in so many steps, training between them.
     """
@@ -71,13 +73,15 @@ class PruneSection(Section):
     fewer_macs: float | None = Field(default=None, gt=1)
     fewer_params: float | None = Field(default=None, gt=1)
     times_faster: float | None = Field(default=None, gt=1)
+    max_latency_ms: float | None = Field(default=None, gt=0)
     drop_blocks: int = Field(default=0, ge=0)
     rounds: int = Field(default=1, ge=1)
     criterion: str = "l2"
-    allocation: Literal["uniform", "global", "knapsack", "sensitivity", "latency"] = "global"
-    align: int = Field(default=1, ge=1)
+    allocation: Literal["uniform", "global", "knapsack", "sensitivity", "latency"] | None = None
+    align: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
     min_width: int = Field(default=4, ge=1)
     reconstruct: bool = True
+    layers: dict[str, Annotated[float, Field(gt=0, lt=1)]] = {}
     ignore: tuple[str, ...] = ()
 
 
@@ -85,14 +89,24 @@ class SparsifySection(Section):
     """``[sparsify]``: single weights, N of every M, or blocks become zero and stay so in training and export.
 
     ``sparsity`` is the share that goes (of each layer, or of all together with ``scope = "global"``);
-    ``n_of_m = "2:4"`` keeps two of every four inputs. ``sensitivity`` with a global scope is SNIP.
+    ``n_of_m = "2:4"`` keeps two of every four inputs. ``sensitivity`` with a global scope is SNIP. ``kernels`` takes
+    whole kernels, ``block`` blocks of a shape. ``update`` mends on data what stays: ``refit`` keeps the criterion's
+    masks, ``sparsegpt`` and ``obc`` choose as they mend. While it trains, a ``gradual`` schedule rises to the share
+    (Zhu and Gupta 2017) and ``soft`` masks let weights come back. ``rounds`` removes and trains in turn; ``rewind``
+    names weights from early in training that each round goes back to (the lottery ticket, Frankle and Carbin 2019).
     """
 
     sparsity: float | None = Field(default=None, gt=0, lt=1)
     n_of_m: str | None = Field(default=None, pattern=r"^[1-9]\d*:[1-9]\d*$")
     criterion: Literal["magnitude", "lamp", "sensitivity"] = "magnitude"
     scope: Literal["layer", "global"] = "layer"
-    block: tuple[int, ...] = ()
+    block: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    kernels: bool = False
+    update: Literal["none", "refit", "sparsegpt", "obc"] = "none"
+    schedule: Literal["one-shot", "gradual"] = "one-shot"
+    soft: bool = False
+    rounds: int = Field(default=1, ge=1)
+    rewind: str | None = None
     ignore: tuple[str, ...] = ()
 
 
@@ -112,6 +126,21 @@ class FinetuneSection(Section):
     distill: float = Field(default=0.5, ge=0, le=1)
     temperature: float = Field(default=4.0, gt=0)
     tensorboard: bool = False
+
+
+class SparseTrainingSection(FinetuneSection):
+    """``[sparse_training]``: training before anything else, with a penalty that presses to exactly zero.
+
+    ``penalty`` is ``l1`` on single weights, ``bn_l1`` on batch norms' scales, ``group_lasso`` on coupled channels or
+    ``greg``, which presses out the lowest ``share`` of every group's channels. Channels that are zero at the end are
+    removed, without any change of the outputs; single weights that are zero stay so. ``strength`` is the penalty's
+    factor; where nothing is said, ``kompakt.build.penalty.STRENGTHS``.
+    """
+
+    penalty: Literal["l1", "bn_l1", "group_lasso", "greg"] = "group_lasso"
+    strength: float | None = Field(default=None, gt=0)
+    share: float = Field(default=0.5, gt=0, lt=1)
+    epochs: int = Field(default=1, ge=1)
 
 
 class TermSection(Section):
@@ -172,6 +201,7 @@ class Recipe(Section):
     """
 
     distill: DistillSection = DistillSection()
+    sparse_training: SparseTrainingSection | None = None
     prune: PruneSection | None = None
     sparsify: SparsifySection | None = None
     finetune: FinetuneSection = FinetuneSection()

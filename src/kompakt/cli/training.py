@@ -1,0 +1,41 @@
+"""The options of every command that trains."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import typer
+
+from kompakt.errors import InputError
+from kompakt.plan.recipe import FinetuneSection
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """How to train."""
+
+    learning_rate: Annotated[float, typer.Option(help="highest rate of the cosine schedule", min=1e-8)] = 0.02
+    batch_size: Annotated[int, typer.Option(help="examples a step", min=1)] = 128
+    augment: Annotated[Literal["none", "crop_and_flip"], typer.Option(help="of the training images")] = "none"
+    teacher: Annotated[
+        list[str] | None, typer.Option(help="who teaches beside the labels: original, none or an ONNX file")
+    ] = None
+    temperature: Annotated[float, typer.Option(help="of the soft targets")] = 4.0
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="write OUT/tensorboard")] = False
+
+    def section(self, epochs: int) -> FinetuneSection:
+        """Return the recipe's section.
+
+        Raises:
+            InputError: the temperature is not positive.
+        """
+        if not self.temperature > 0:
+            raise InputError(f"--temperature {self.temperature:g}: expected a positive number; try 4")
+        return FinetuneSection(
+            epochs=epochs,
+            learning_rate=self.learning_rate,
+            batch_size=self.batch_size,
+            augment=self.augment,
+            teacher=tuple(self.teacher or ("original",)),
+            temperature=self.temperature,
+            tensorboard=self.tensorboard,
+        )

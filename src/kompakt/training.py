@@ -1,0 +1,86 @@
+"""Train what was made smaller: the one loop as a recipe asks for it, with what else happens while it runs."""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from kompakt.augment import crop_and_flip
+from kompakt.build.settings import Regularizer
+from kompakt.build.train import Hooks, Objective, TrainSettings, shuffled, train
+from kompakt.graph.graph import Left
+from kompakt.job import Job
+from kompakt.plan.plan import Plan
+from kompakt.plan.recipe import FinetuneSection
+from kompakt.teaching import objective, taught_by, teachers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slim:
+    """A smaller network, the plan that made it, what was done, which weights stay in training, the stage's name."""
+
+    model: nn.Module
+    plan: Plan
+    did: str
+    left: tuple[Left, ...] = ()
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+    name: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extra:
+    """What else happens in a run: terms of the loss, hooks after every step, and what is done at the end."""
+
+    regularizers: tuple[Regularizer, ...] = ()
+    after_step: tuple[Callable[[nn.Module, int], None], ...] = ()
+    finish: Callable[[nn.Module], object] = lambda model: None
+
+
+Extras = Callable[[nn.Module, TrainSettings, int], Extra]
+"""The model that will be trained, the run's settings and all its steps → what else happens in it."""
+
+
+def tuned(
+    found: Slim, job: Job, section: FinetuneSection, example: Tensor, seed: int, extras: tuple[Extras, ...] = ()
+) -> Slim:
+    """Train the smaller network, taught as the recipe says; weights that were set to zero stay zero."""
+    model, distill = copy.deepcopy(found.model), job.recipe.distill
+    settings = TrainSettings(
+        epochs=section.epochs,
+        learning_rate=section.learning_rate,
+        warmup_epochs=min(1.0, section.epochs / 4),
+        seed=seed,
+    )
+    augment = crop_and_flip if section.augment == "crop_and_flip" else None
+    loader = shuffled(job.data.train, section.batch_size, seed=seed, augment=augment)
+    who = teachers(section, distill, job.model, job.out, len(job.data.train))
+    goal = objective(section, distill, job.model, model, example) if who else Objective()
+    more = [extra(model, settings, section.epochs * loader.steps) for extra in extras]
+    more += [Extra(after_step=(keeper(found.masks),))] if found.masks else []
+    hooks = Hooks(
+        progress=job.progress,
+        after_step=tuple(hook for extra in more for hook in extra.after_step),
+        tensorboard=job.out / "tensorboard" if section.tensorboard else None,
+    )
+    terms = tuple(term for extra in more for term in extra.regularizers)
+    train(model, loader, settings, objective=goal, teachers=who, regularizers=terms, hooks=hooks)
+    for extra in more:
+        extra.finish(model)
+    said = taught_by(section, distill) if who else ""
+    did = f"{found.did}; trained for {section.epochs} epochs{said}".removeprefix("; ")
+    return dataclasses.replace(found, model=model.eval(), did=did)
+
+
+def keeper(keep: Mapping[str, Tensor]) -> Callable[[nn.Module, int], None]:
+    """Return a hook for the training loop that sets to zero again what ``keep`` has False for."""
+
+    def after_step(model: nn.Module, step: int) -> None:
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if name in keep:
+                    weight.mul_(keep[name].to(weight.device, weight.dtype))
+
+    return after_step
