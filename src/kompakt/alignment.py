@@ -44,7 +44,8 @@ def _narrow(coupling: Coupling) -> list[Case]:
     """List the heaviest layers at odd widths."""
     whole = offered_widths(coupling, Knobs(ratio=0.5))
     full = {name: (max(widths),) for name, widths in whole.items()}
-    layers = [case for case in cases(coupling, full) if case.groups == 1 and case.weight[0] >= 2 * max(CANDIDATES)]
+    timed = [case for case in cases(coupling, full) if case.kind in ("conv2d", "linear") and case.groups == 1]
+    layers = [case for case in timed if case.weight[0] >= 2 * max(CANDIDATES)]
     heavy = sorted(layers, key=_work, reverse=True)[:LAYERS]
     return [_wide(case, int(share * case.weight[0]) // 2 * 2 + 1) for case in heavy for share in SHARES]
 

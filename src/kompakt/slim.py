@@ -1,6 +1,7 @@
 """Make the network smaller before it is quantized: remove channels, then train what is left."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from kompakt.methods.channels import Knobs
 from kompakt.methods.scores import Scoring, unit_scores
 from kompakt.methods.sparse import masks
 from kompakt.numerics.saliency import saliency
-from kompakt.plan.plan import Plan, Quantize, Share
+from kompakt.plan.plan import Plan, Prune, Quantize, Share, Sparsify
 from kompakt.plan.recipe import FinetuneSection, PruneSection
 from kompakt.sparsity import sparse_trained, thinned
 from kompakt.teaching import learner
@@ -51,7 +52,7 @@ def slim(job: Job, example: Tensor) -> Slim:
         return _taught(job, text, example)
     found = Slim(model=job.model, plan=Plan(), did="")
     if job.plan is not None:
-        found = as_planned(job.model, job.plan, example)
+        found = as_planned(job.model, job.plan, example, job.data, job.seed)
     if penalised is not None:
         if penalised.penalty == "l1" and prune is not None:
             raise InputError("penalty l1 zeroes single weights; before channels go use group_lasso, bn_l1 or greg")
@@ -76,21 +77,38 @@ def _after(found: Slim, cut: Slim) -> Slim:
     return dataclasses.replace(cut, plan=Plan(entries=entries), did=did, left=(*found.left, *cut.left))
 
 
-def as_planned(model: nn.Module, plan: Plan, example: Tensor) -> Slim:
-    """Carry out what a plan says of shapes; its integers and codebooks come later."""
+def as_planned(model: nn.Module, plan: Plan, example: Tensor, data: Data | None = None, seed: int = 0) -> Slim:
+    """Carry out what a plan says of shapes and zeros; its integers and codebooks come later.
+
+    Args:
+        model: the model that the plan was made for.
+        plan: checked against the model first.
+        example: a batch of inputs.
+        data: where channels go, batch norms are estimated anew on it.
+        seed: of the examples that are drawn.
+
+    Raises:
+        PlanError: the plan does not fit; the message says what differs.
+        InputError: a criterion of its zeros needs data.
+    """
     shapes = plan.without(*plan.of(Quantize), *plan.of(Share))
     if not shapes.entries:
         return Slim(model=model, plan=shapes, did="")
     made = checked_structure(model, shapes, example).eval()
-    keep = masks(shapes, dict(made.named_parameters()))
+    graded = any("grad" in saliency(entry.criterion).needs for entry in shapes.of(Sparsify))
+    inputs = {"grad": gradients(made, data, seed)} if graded else {}
+    keep = masks(shapes, dict(made.named_parameters()), inputs)
     keeper(keep)(made, 0)
+    if data is not None and shapes.of(Prune):
+        reestimate_bn(made, _batches(data, BN_EXAMPLES, seed))
     return Slim(model=made, plan=shapes, did="made smaller by the plan given", masks=keep)
 
 
 def _taught(job: Job, text: str, example: Tensor) -> Slim:
     """Make a student and train it."""
-    if job.recipe.prune is not None or job.recipe.sparsify is not None:
-        raise InputError(f"student {text}: prune and sparsify are for the model itself; thinner:0.7 prunes a student")
+    recipe = job.recipe
+    if any(part is not None for part in (recipe.sparse_training, recipe.prune, recipe.sparsify)):
+        raise InputError(f"student {text}: what is pruned or sparse is the model itself; thinner:0.7 prunes a student")
     made = learner(job.model, text, example, start=job.recipe.distill.start, seed=job.seed)
     found = Slim(model=made.model, plan=made.plan, did=f"student {text}", left=made.left, name="student")
     tune = job.recipe.finetune
@@ -212,12 +230,17 @@ def _mended(
 ) -> nn.Module:
     """Refit the layers that lost inputs, or estimate the batch norms' statistics anew."""
     count = FIT_EXAMPLES if section.reconstruct else BN_EXAMPLES
-    part = data.train.subset(min(count, len(data.train)), seed=seed)
-    batches = part.batches(128, shuffle=True, generator=torch.Generator().manual_seed(seed))
+    batches = _batches(data, count, seed)
     if section.reconstruct:
         return reconstruct(model, made, coupling, plan, batches)
     reestimate_bn(made, batches)
     return made
+
+
+def _batches(data: Data, count: int, seed: int) -> Iterable[tuple[Tensor, Tensor]]:
+    """Return so many training examples, classes mixed."""
+    part = data.train.subset(min(count, len(data.train)), seed=seed)
+    return part.batches(128, shuffle=True, generator=torch.Generator().manual_seed(seed))
 
 
 def _units(section: PruneSection) -> dict[str, Any]:

@@ -104,6 +104,7 @@ class Penalty:
         if self.kind == "bn_l1" and not scales(self.coupling):
             raise InputError("bn_l1: the model has no batch norm whose channels can be removed; use group_lasso")
         self.owners = {group.name: owners(self.coupling, group) for group in self.coupling.groups}
+        self.even = {group.name: self._even(group) for group in self.coupling.groups}
         self.sizes = {group.name: group.size for group in self.coupling.groups}
 
     def term(self, model: nn.Module) -> Tensor:
@@ -133,15 +134,20 @@ class Penalty:
             else:
                 self._clear_single(tensors, rate * self.strength)
 
+    def _even(self, group: Group) -> list[Owner]:
+        counts = [torch.bincount(o.places[o.places >= 0], minlength=group.size) for o in self.owners[group.name]]
+        pairs = zip(self.owners[group.name], counts, strict=True)
+        return [owner for owner, each in pairs if bool((each == each.max()).all())]
+
     def _grown(self) -> float:
         every = max(1, int(GROWTH * self.steps) // LEVELS)
         levels = max(1, int(GROWTH * self.steps) // every)
         return growing_coefficient(self.step, every=every, increment=self.strength / levels, ceiling=self.strength)
 
     def _rows(self, tensors: Mapping[str, Tensor], name: str) -> list[tuple[Tensor, int]]:
-        """Gather a group's parameters with the indices in the order of its units."""
+        """Gather a group's parameters with the indices in the order of its units, where all own equally many."""
         found = []
-        for owner in self.owners[name]:
+        for owner in self.even[name]:
             order = owner.places.argsort(stable=True)
             owned = order[int((owner.places < 0).sum()) :]
             found.append((tensors[owner.tensor].index_select(owner.dim, owned), owner.dim))
