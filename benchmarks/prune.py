@@ -85,7 +85,7 @@ def run_tuned(cells: Cells, bench: Bench, given: argparse.Namespace, ratios: lis
 def run_latency(cells: Cells, seconds: float) -> None:
     """Time resnet18 at 224, whose weights do not matter."""
     for how in ("30 % of channels", "2×", "4×"):
-        key = {"part": "latency", "model": "resnet18@224", "how": how, "align": 8}
+        key = {"part": "latency", "model": "resnet18@224", "how": how, "align": "auto"}
         cells.get(key, lambda h=how: latency(ROOT / "out" / "prune" / "latency", h, seconds))
 
 

@@ -18,8 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks.prune_subjects import BN_EXAMPLES, SUBJECTS, build, example, fused, macs
-from kompakt.allotment import gradients
+from kompakt.alignment import alignment
+from kompakt.allotment import Timing, gradients
 from kompakt.artifact.onnx import export_onnx
+from kompakt.artifact.targets import target
 from kompakt.augment import crop_and_flip
 from kompakt.build.evaluate import evaluate, reestimate_bn
 from kompakt.build.prune import apply_prune
@@ -300,8 +302,11 @@ def latency(folder: Path, how: str, seconds: float) -> dict[str, float]:
     model = torchvision.models.resnet18().eval()
     inputs = torch.zeros(2, 3, 224, 224)
     coupling = couple(trace(model, inputs).graph)
-    knobs = {"30 % of channels": {"ratio": 0.3}, "2×": {"fewer_macs": 2.0}, "4×": {"fewer_macs": 4.0}}[how]
-    made = apply_prune(model, channels(coupling, unit_scores(coupling, model.state_dict()), Knobs(align=8, **knobs)))
     folder.mkdir(parents=True, exist_ok=True)
+    align = alignment(coupling, Timing(target=target("onnxruntime"), folder=folder).layers)
+    size = {"30 % of channels": {"ratio": 0.3}, "2×": {"fewer_macs": 2.0}, "4×": {"fewer_macs": 4.0}}[how]
+    knobs = Knobs(align=align, **size)
+    made = apply_prune(model, channels(coupling, unit_scores(coupling, model.state_dict()), knobs))
     files = [export_onnx(fold(trace(m.eval(), inputs)), folder / f"{n}.onnx") for n, m in enumerate((model, made))]
-    return {"macs_ratio": macs(model, inputs) / macs(made, inputs), **beside(*files, 224, seconds)}
+    ratio = macs(model, inputs) / macs(made, inputs)
+    return {"align": align, "macs_ratio": ratio, **beside(*files, 224, seconds)}

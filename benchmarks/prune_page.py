@@ -131,13 +131,18 @@ def _latency(cells: Cells) -> list[str]:
     if not rows:
         return ["Not run yet (`--only latency`)."]
     lines = [
-        "| removed | fewer MACs | times faster (95 %) | of the MAC ratio | load |",
-        "| --- | --- | --- | --- | --- |",
+        "| removed | widths in | fewer MACs | times faster (95 %) | of the MAC ratio | load |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for cell in rows:
         share = cell["times_faster"] / cell["macs_ratio"]
         lines.append(
-            f"| {cell['key']['how']} | {cell['macs_ratio']:.2f}× | {cell['times_faster']:.2f} "
+            f"| {cell['key']['how']} | {_align(cell)} | {cell['macs_ratio']:.2f}× | {cell['times_faster']:.2f} "
             f"({cell['low']:.2f}–{cell['high']:.2f}) | {share:.2f} | {cell['load']:.1f} |"
         )
-    return [*lines, "", "ONNX Runtime, one thread, batch 1, interleaved with the unpruned file; widths in eights."]
+    return [*lines, "", "ONNX Runtime, one thread, batch 1, interleaved with the unpruned file; the machine was busy."]
+
+
+def _align(cell: dict[str, Any]) -> str:
+    chosen = cell["key"]["align"]
+    return f"multiples of {cell['align']}, measured" if chosen == "auto" else f"multiples of {chosen}, given"
