@@ -150,10 +150,15 @@ def _in_order_of_classes() -> Data:
 
 
 def test_single_weights_have_criteria_of_their_own() -> None:
-    from kompakt.cli.prune import PruneOptions
+    from kompakt.cli.thin import SparsityOptions
 
-    assert PruneOptions(unstructured=0.5).sparse_section().criterion == "magnitude"
-    assert PruneOptions(unstructured=0.5, criterion="lamp").sparse_section().criterion == "lamp"
-    assert PruneOptions(unstructured=0.5, channels=0.5, criterion="taylor").sparse_section().criterion == "magnitude"
+    def chosen(criterion: str, *, alone: bool = True) -> str:
+        section = SparsityOptions(unstructured=0.5).section(criterion, 1, (), alone=alone)
+        assert section is not None
+        return section.criterion
+
+    assert chosen("l2") == "magnitude"
+    assert chosen("lamp") == "lamp"
+    assert chosen("taylor", alone=False) == "magnitude"
     with pytest.raises(InputError, match="--criterion taylor"):
-        PruneOptions(nm="2:4", criterion="taylor").sparse_section()
+        chosen("taylor")

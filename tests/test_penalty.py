@@ -18,7 +18,7 @@ from kompakt.plan.plan import Prune
 from tests.nets import Residual
 from tests.train_toy import toy_loader, toy_settings
 
-STRONG: dict[Kind, float] = {"l1": 0.02, "bn_l1": 0.3, "group_lasso": 0.03, "greg": 2.0}
+STRONG: dict[Kind, float] = {"l1": 0.02, "bn_l1": 1.0, "group_lasso": 0.03, "greg": 2.0}
 
 
 def net() -> tuple[nn.Module, Coupling]:

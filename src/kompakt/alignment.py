@@ -11,18 +11,18 @@ from kompakt.methods.latency import Case, cases
 
 CANDIDATES = (2, 4, 8, 16)
 LAYERS = 4
-SHARES = (0.35, 0.6, 0.85)
-"""Of a layer's outputs: widths that are looked at, each made odd."""
-FREE = 1.03
-"""Channels that are rounded up cost nothing where time grows by less than this."""
+WIDTHS = (17, 33, 49)
+"""Widths that are looked at: just above a multiple of every candidate, and small, where a block is a large part."""
+FREE = 1 / 3
+"""Channels that are rounded up are free where time grows by less than this share of the channels' growth."""
 Times = Callable[[Sequence[Case]], Mapping[Case, float]]
 
 
 def alignment(coupling: Coupling, times: Times) -> int:
     """Find the largest multiple to which widths can be rounded up without taking longer in the runtime.
 
-    The layers with the most work are timed at a few odd widths and at the same widths rounded up: where kernels work
-    on blocks of channels, the channels that fill a block are free, and a width that is no multiple wastes the rest.
+    The layers with the most work are timed at a few widths and at the same widths rounded up: where kernels work on
+    blocks of channels, the channels that fill a block are free, and a width that is no multiple wastes the rest.
 
     Args:
         coupling: what can be removed.
@@ -36,18 +36,23 @@ def alignment(coupling: Coupling, times: Times) -> int:
     if not wanted:
         return 1
     known = times(tuple(wanted))
-    free = [step for step in CANDIDATES if median(known[up] / known[odd] for odd, up in pairs[step]) <= FREE]
+    free = [step for step in CANDIDATES if median(_growth(known, *pair) for pair in pairs[step]) <= FREE]
     return max(free, default=1)
 
 
+def _growth(known: Mapping[Case, float], odd: Case, up: Case) -> float:
+    """Return by how much time grows, as a share of the growth of the channels."""
+    return (known[up] / known[odd] - 1) / (up.weight[0] / odd.weight[0] - 1)
+
+
 def _narrow(coupling: Coupling) -> list[Case]:
-    """List the heaviest layers at odd widths."""
+    """List the heaviest layers at the widths that are looked at."""
     whole = offered_widths(coupling, Knobs(ratio=0.5))
     full = {name: (max(widths),) for name, widths in whole.items()}
     timed = [case for case in cases(coupling, full) if case.kind in ("conv2d", "linear") and case.groups == 1]
-    layers = [case for case in timed if case.weight[0] >= 2 * max(CANDIDATES)]
+    layers = [case for case in timed if case.weight[0] >= max(WIDTHS)]
     heavy = sorted(layers, key=_work, reverse=True)[:LAYERS]
-    return [_wide(case, int(share * case.weight[0]) // 2 * 2 + 1) for case in heavy for share in SHARES]
+    return [_wide(case, width) for case in heavy for width in WIDTHS]
 
 
 def _work(case: Case) -> float:

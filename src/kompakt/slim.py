@@ -197,6 +197,8 @@ def _settled(section: PruneSection, model: nn.Module, data: Data | None) -> Prun
     timed = section.times_faster is not None or section.max_latency_ms is not None
     if timed and section.allocation not in (None, "latency"):
         raise InputError(f"times_faster and max_latency_ms go with the latency allocation, not {section.allocation}")
+    if section.allocation == "latency" and not timed:
+        raise InputError("the latency allocation needs to know how much faster: give --times-faster 2")
     measured = data is not None and not timed and section.allocation is None and classifies(model, data)
     allocation = (
         "latency" if timed else section.allocation or ("sensitivity" if measured and not section.layers else "global")
@@ -206,11 +208,9 @@ def _settled(section: PruneSection, model: nn.Module, data: Data | None) -> Prun
 
 
 def _times_faster(section: PruneSection, model: nn.Module, example: Tensor, timing: Timing) -> float:
-    if section.times_faster is not None:
-        return section.times_faster
-    if section.max_latency_ms is None:
-        raise InputError("the latency allocation needs to know how much faster: give --times-faster 2")
-    return times_faster_for(model, example, timing, section.max_latency_ms)
+    if section.max_latency_ms is not None:
+        return times_faster_for(model, example, timing, section.max_latency_ms)
+    return section.times_faster or 1.0
 
 
 def dropped(model: nn.Module, data: Data | None, count: int, example: Tensor, seed: int) -> Slim:
