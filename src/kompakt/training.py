@@ -60,6 +60,8 @@ def tuned(
     goal = objective(section, distill, job.model, model, example) if who else Objective()
     more = [extra(model, settings, section.epochs * loader.steps) for extra in extras]
     more += [Extra(after_step=(keeper(found.masks),))] if found.masks else []
+    tick = job.tick
+    more += [Extra(after_step=(lambda _model, _step: tick(),))] if tick is not None else []
     hooks = Hooks(
         progress=job.progress,
         after_step=tuple(hook for extra in more for hook in extra.after_step),

@@ -55,7 +55,7 @@ def sparse_updated(
             name = entry.tensor.rpartition(".")[0]
             layer = made.get_submodule(name)
             aim, moment = _moments(original, made, name, layer, inputs, damp)
-            layer.weight.copy_(_sparse(entry, aim, moment, how, mask, damp))
+            layer.get_parameter("weight").copy_(_sparse(entry, aim, moment, how, mask, damp))
     return made
 
 

@@ -81,7 +81,11 @@ class PruneOptions:
         if self.allocation == "latency" and not timed:
             raise InputError("--allocation latency needs --times-faster or --max-latency-ms")
         return PruneSection(
-            **self.sizes,
+            channels=self.channels,
+            fewer_macs=self.fewer_macs,
+            fewer_params=self.fewer_params,
+            times_faster=self.times_faster,
+            max_latency_ms=self.max_latency_ms,
             drop_blocks=self.drop_blocks,
             rounds=self.rounds,
             align=_align(self.align),
