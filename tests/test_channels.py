@@ -248,3 +248,14 @@ def test_the_least_sensitive_group_gives_way() -> None:
     assert coupling.cost_after(units_of(coupling, plan)).macs <= coupling.graph.macs / 1.1
     with pytest.raises(InputError, match="needs measured drops"):
         channels(coupling, scores, Knobs(ratio=0.5, allocation="sensitivity"))
+
+
+@pytest.mark.parametrize("allocation", ["knapsack", "sensitivity"])
+def test_exact_allocations_take_the_share_of_all_channels(allocation: str) -> None:
+    model, coupling = resnet()
+    scores = unit_scores(coupling, model.state_dict())
+    drops = {g.name: {w: float((g.size - w) ** 2) for w in range(1, g.size + 1)} for g in coupling.groups}
+    plan = channels(coupling, scores, Knobs(ratio=0.3, allocation=allocation), drops=drops)
+    made = apply_prune(model, plan)
+    before, after = (sum(len(m.weight) for m in net.modules() if isinstance(m, nn.Conv2d)) for net in (model, made))
+    assert 0.3 <= 1 - after / before < 0.4

@@ -17,7 +17,7 @@ from kompakt.plan.plan import Plan
 from kompakt.slim import Slim, slim
 from kompakt.weights import save_weights
 
-SECTIONS = {"prune", "sparsify", "finetune", "distill"}
+SECTIONS = {"sparse_training", "prune", "sparsify", "finetune", "distill"}
 
 
 class _Told(BaseModel):
@@ -37,9 +37,11 @@ def slimmed(job: Job, example: Tensor) -> Slim:
     must serve one model and one data set. Masks of single weights are not kept: such networks are made anew.
     """
     asked = job.recipe
-    if job.networks is None or job.plan is not None or asked.sparsify is not None:
+    single = asked.sparsify is not None or (asked.sparse_training is not None and asked.sparse_training.penalty == "l1")
+    if job.networks is None or job.plan is not None or single:
         return slim(job, example)
-    if asked.prune is None and not asked.finetune.epochs and asked.distill.student is None:
+    parts = (asked.sparse_training, asked.prune, asked.distill.student)
+    if not asked.finetune.epochs and all(part is None for part in parts):
         return slim(job, example)
     folder = job.networks / network_key(job)
     if (folder / "told.json").exists():

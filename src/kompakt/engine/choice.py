@@ -47,7 +47,8 @@ class Choice:
             section = base.prune or PruneSection(allocation="sensitivity")
             fewer = self.fewer_macs if self.fewer_macs > 1 else None
             update = {"fewer_macs": fewer, "channels": None, "fewer_params": None, "times_faster": None}
-            prune = section.model_copy(update=update | {"drop_blocks": self.drop_blocks, "rounds": 1})
+            update |= {"max_latency_ms": None, "drop_blocks": self.drop_blocks, "rounds": 1}
+            prune = section.model_copy(update=update)
         quantize = base.quantize or QuantizeSection()
         if self.weight_bits != FULL_BITS:
             quantize = quantize.model_copy(update={"weight_bits": self.weight_bits})

@@ -1,6 +1,6 @@
 """Choose which channels go: how many of each group, and which, from scores of coupled units."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -12,7 +12,7 @@ from torch import Tensor
 from kompakt.build.prune import removal
 from kompakt.errors import BudgetError, InputError
 from kompakt.graph.coupling import Cost, Coupling, Group
-from kompakt.methods.widths import knapsack, least_drop
+from kompakt.methods.widths import channels_each, knapsack, least_drop
 from kompakt.plan.allocate import NamedCost
 from kompakt.plan.plan import Plan
 
@@ -31,8 +31,8 @@ class Knobs:
         fewer_params: how many times fewer parameters.
         allocation: ``uniform``: the same share of every group; ``global``: the lowest scores of all
             groups together; ``knapsack``: the most score kept within the budget, solved exactly;
-            ``sensitivity``: the least sum of measured drops within the budget, solved exactly. The last two
-            read a ``ratio`` r as 1/(1 − r)² times fewer multiply–accumulates; a measured latency is one more
+            ``sensitivity``: the least sum of measured drops within the budget, solved exactly. For the last two
+            a ``ratio`` is of all channels together, wherever they matter least; a measured latency is one more
             budget for them. ``latency``: as ``knapsack``, with measured times as the budget (``costs``).
         align: widths become multiples of this many channels, where a group is wide enough.
         min_width: channels that every group keeps at least.
@@ -107,9 +107,11 @@ def channels(
     if knobs.allocation == "latency" and not costs:
         raise InputError("the latency allocation needs measured times; give a target to measure them on")
     if knobs.allocation in ("knapsack", "latency"):
-        widths = knapsack(coupling, scores, offered_widths(coupling, knobs), _budget(coupling, knobs), costs)
+        offered = offered_widths(coupling, knobs)
+        widths = knapsack(coupling, scores, offered, _budget(coupling, knobs, offered), costs)
     elif knobs.allocation == "sensitivity":
-        widths = least_drop(coupling, _offered(free, limits, drops), _budget(coupling, knobs), costs)
+        curves = _offered(free, limits, drops)
+        widths = least_drop(coupling, curves, _budget(coupling, knobs, curves), costs)
     else:
         widths = _search(coupling, scores, free, limits, knobs, own)
     widths = _tied(coupling, widths)
@@ -234,15 +236,17 @@ def _cost(coupling: Coupling, widths: Mapping[str, int]) -> Cost:
     return coupling.cost_after(_units(coupling, widths))
 
 
-def _budget(coupling: Coupling, knobs: Knobs) -> dict[str, float]:
-    """Say the target in MACs or parameters."""
+def _budget(coupling: Coupling, knobs: Knobs, names: Iterable[str] = ()) -> dict[str, float]:
+    """Say the target in MACs or parameters, or in the channels of the groups ``names``."""
     graph = coupling.graph
     if (knobs.ratio, knobs.fewer_macs, knobs.fewer_params) == (None, None, None):
         return {}  # a measured latency is the only budget
     if knobs.fewer_params is not None:
         return {"params": graph.params / knobs.fewer_params}
-    times = knobs.fewer_macs if knobs.fewer_macs is not None else 1 / (1 - (knobs.ratio or 0.0)) ** 2
-    return {"macs": graph.macs / times}
+    if knobs.fewer_macs is not None:
+        return {"macs": graph.macs / knobs.fewer_macs}
+    groups = [coupling.group(name) for name in names]
+    return {"channels": (1 - (knobs.ratio or 0.0)) * sum(group.size * channels_each(group) for group in groups)}
 
 
 def _within(coupling: Coupling, widths: Mapping[str, int], knobs: Knobs) -> bool:

@@ -12,7 +12,7 @@ from math import prod
 import numpy as np
 from torch import Tensor
 
-from kompakt.graph.coupling import Coupling
+from kompakt.graph.coupling import Coupling, Group
 from kompakt.graph.graph import Op
 from kompakt.graph.labels import Array
 from kompakt.plan.allocate import NamedCost, allocate_widths, assign
@@ -43,7 +43,7 @@ def knapsack(
         coupling: the groups.
         scores: group name → (size,) scores.
         widths: group name → the widths on offer, in units.
-        budgets: ``macs`` and ``params`` → what may not be exceeded.
+        budgets: ``macs``, ``params`` and ``channels`` → what may not be exceeded.
         costs: further costs by kind, for instance measured latency.
 
     Raises:
@@ -65,7 +65,7 @@ def least_drop(
     Args:
         coupling: the groups.
         drops: group name → width in units → drop of the model's score with this group alone at that width.
-        budgets: ``macs`` and ``params`` → what may not be exceeded.
+        budgets: ``macs``, ``params`` and ``channels`` → what may not be exceeded.
         costs: further costs by kind, for instance measured latency.
 
     Raises:
@@ -77,7 +77,7 @@ def least_drop(
 
 
 def _named(coupling: Coupling, widths: Mapping[str, Sequence[int]], kind: str, budget: float) -> NamedCost[str, int]:
-    terms = _macs(coupling, widths) if kind == "macs" else _params(coupling, widths)
+    terms = {"macs": _macs, "params": _params, "channels": _channels}[kind](coupling, widths)
     options = {
         name: {w: terms.single[name] * w + terms.square[name] * w * w for w in offered}
         for name, offered in widths.items()
@@ -86,6 +86,18 @@ def _named(coupling: Coupling, widths: Mapping[str, Sequence[int]], kind: str, b
         (a, b): {(p, q): weight * p * q for p in widths[a] for q in widths[b]} for (a, b), weight in terms.pair.items()
     }
     return NamedCost(options=options, budget=budget, pairs=pairs or None, fixed=sum(terms.fixed))
+
+
+def channels_each(group: Group) -> float:
+    """Count the channels that one unit of a group makes, in all layers together, on average."""
+    return sum(len(indices) for member in group.makers for indices in member.indices) / group.size
+
+
+def _channels(coupling: Coupling, widths: Mapping[str, Sequence[int]]) -> _Terms:
+    terms = _Terms()
+    for name in widths:
+        terms.single[name] += channels_each(coupling.group(name))
+    return terms
 
 
 def _macs(coupling: Coupling, widths: Mapping[str, Sequence[int]]) -> _Terms:
