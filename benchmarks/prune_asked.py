@@ -16,7 +16,9 @@ LATENCY_SHARE = 0.8
 
 
 def size(ratio: float) -> str:
-    """Write a ratio: fewer MACs, or below 1 the share of the channels."""
+    """Write a ratio: fewer MACs, or below 1 the share of the channels; 1 is the unpruned network."""
+    if ratio == 1:
+        return "nothing"
     return f"{ratio:g}×" if ratio > 1 else f"{100 * ratio:g} % of channels"
 
 

@@ -106,9 +106,8 @@ def _tuned(cells: Cells, model: str) -> list[str]:
         each = ", ".join(f"{100 * cell['accuracy']:.2f}" for cell in group)
         threads = ", ".join(sorted({str(cell.get("threads", "–")) for cell in group}))
         faster = mean(cell["latency"]["times_faster"] for cell in group)
-        what = size(ratio) if ratio != 1 else "nothing"
         lines.append(
-            f"| {what} | {tool} | {epochs} | {rate:g} | {'yes' if taught else 'no'} | {len(group)} "
+            f"| {size(ratio)} | {tool} | {epochs} | {rate:g} | {'yes' if taught else 'no'} | {len(group)} "
             f"| {found:.2f} ({each}) | {100 * level - found:.2f} | {faster:.2f} | {threads} |"
         )
     return [

@@ -18,17 +18,18 @@ TOLERANCE = 1e-5
 def zero_units(coupling: Coupling, tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
     """Find the units that are zero for every input: all that makes them is zero.
 
-    That is every scale, shift and bias that a unit owns, and where no batch norm stands behind a layer, the layer's
-    weights of this unit too. One unit of every group stays.
+    That is every scale, shift and bias that a unit owns, and the layers' weights of this unit; but where a batch norm
+    stands behind a layer, its scale and shift decide alone. One unit of every group stays.
 
     Returns:
         Group name → positions of the units, for groups that have any.
     """
-    bare = _without_norm(coupling)
+    silent = _before_norms(coupling)
     found: dict[str, list[int]] = {}
     for group in coupling.groups:
-        makes = {(member.tensor, member.dim) for member in group.makers if member.tensor in bare}
-        held = [o for o in owners(coupling, group) if tensors[o.tensor].ndim == 1 or (o.tensor, o.dim) in makes]
+        makes = {(member.tensor, member.dim) for member in group.makers}
+        owned = [owner for owner in owners(coupling, group) if owner.tensor not in silent]
+        held = [o for o in owned if tensors[o.tensor].ndim == 1 or (o.tensor, o.dim) in makes]
         if held:
             squares = torch.stack([owner.squares(tensors, group.size) for owner in held]).sum(0)
             places = (squares == 0).nonzero().flatten().tolist()
@@ -64,14 +65,13 @@ def without_zeros(model: nn.Module, coupling: Coupling, example: Tensor) -> tupl
     return removal(coupling, exact), tuple(left)
 
 
-def _without_norm(coupling: Coupling) -> set[str]:
-    """Name the layers' weights whose outputs no batch norm alone reads."""
-    found = set()
+def _before_norms(coupling: Coupling) -> set[str]:
+    """Name the weights and biases of layers whose outputs a batch norm alone reads."""
+    found: set[str] = set()
     for op in coupling.graph.layers:
         users = coupling.graph.users[op.name]
-        weight = op.ref("weight")
-        if weight is not None and not (len(users) == 1 and users[0].kind == "batch_norm"):
-            found.add(weight)
+        if len(users) == 1 and users[0].kind == "batch_norm":
+            found.update(name for name in (op.ref("weight"), op.ref("bias")) if name is not None)
     return found
 
 
