@@ -34,10 +34,9 @@ def _plot(name: str, curve: Curve, whole: float, low: float, span: float, x: int
     def at(share: float, value: float) -> tuple[float, float]:
         return x + LEFT + wide * share, y + TOP + high * (1 - (value - low) / span)
 
-    points = " ".join("{:.1f},{:.1f}".format(*at(share, value)) for share, value in curve)
-    dots = "".join(
-        '<circle cx="{:.1f}" cy="{:.1f}" r="2.5" fill="{}"/>'.format(*at(share, value), LINE) for share, value in curve
-    )
+    marks = [at(share, value) for share, value in curve]
+    points = " ".join(f"{right:.1f},{down:.1f}" for right, down in marks)
+    dots = "".join(f'<circle cx="{right:.1f}" cy="{down:.1f}" r="2.5" fill="{LINE}"/>' for right, down in marks)
     level, last = at(0.0, whole)[1], x + LEFT + wide
     foot = y + HIGH - 6
     return (
