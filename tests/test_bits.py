@@ -248,6 +248,7 @@ def test_the_trace_of_a_hessian_is_exact_for_a_diagonal_one() -> None:
     [
         ({"codebook": 4, "weight_bits": 4}, "codebook and weight_bits"),
         ({"codebook": 4, "average_bits": 4}, "codebook and mixed"),
+        ({"rate": 1e-8, "weight_bits": 4}, "rate and weight_bits"),
         ({"average_bits": 4, "weight_bits": 4}, "weight_bits and a budget"),
         ({"average_bits": 4, "dynamic": True}, "static ranges"),
         ({"fewer_bops": 2, "sensitivity": "hessian"}, "weights only"),

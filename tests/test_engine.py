@@ -56,8 +56,8 @@ def test_the_plan_of_a_search_ends_and_finds_the_largest_factor(slope, bits, tau
     space = Space(max_drop=1.0, epochs=3, objective=objective)
 
     def truth(choice: Choice) -> float:
-        rate = slope * (taught if choice.epochs else 1.0)
-        return rate * (choice.fewer_macs - 1) + bits * (8 - choice.weight_bits) / 4
+        steep = slope * (taught if choice.epochs else 1.0)
+        return steep * (choice.fewer_macs - 1) + bits * choice.rate / 1e-7
 
     tried = walk(truth, space)
     assert tried[0] == Choice(step_back=True)
@@ -65,7 +65,7 @@ def test_the_plan_of_a_search_ends_and_finds_the_largest_factor(slope, bits, tau
     best = max(choice.fewer_macs for choice in inside)
     assert truth(Choice(fewer_macs=min(space.most, 1.2 * best), epochs=3)) > 1 or best == space.most or taught == 0
     if objective == "latency":
-        assert {choice.weight_bits for choice in tried} == {8}
+        assert {choice.rate for choice in tried} == {0.0}
     trained = [choice.epochs > 0 for choice in tried]
     assert trained == sorted(trained)  # what is cheap comes first
 
@@ -124,7 +124,7 @@ def test_what_one_more_point_would_buy_is_said() -> None:
     "recipe",
     [
         Recipe(),
-        Choice(fewer_macs=1.5, weight_bits=4, epochs=2).recipe(Recipe()),
+        Choice(fewer_macs=1.5, rate=4e-8, epochs=2).recipe(Recipe()),
         Choice(drop_blocks=1).recipe(
             Recipe(finetune=FinetuneSection(learning_rate=1e-5, teacher=("a.onnx", "b.onnx")))
         ),
@@ -211,7 +211,7 @@ def test_the_same_search_again_makes_nothing_anew(searched, net, monkeypatch: py
 
 def test_networks_are_trained_once_for_all_their_bits(net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = Recipe(budget=BudgetSection(max_drop=30.0), quantize=QuantizeSection(calibration_examples=32))
-    plan = [Choice(fewer_macs=1.3, weight_bits=bits, epochs=1) for bits in (8, 4)]
+    plan = [Choice(fewer_macs=1.3, rate=rate, epochs=1) for rate in (0.0, 1.6e-7)]
     monkeypatch.setattr(module, "propose", lambda drops, space: next((c for c in plan if c not in drops), None))
     one = job(net, tmp_path, recipe=recipe.model_copy(update={"finetune": FinetuneSection(epochs=1, batch_size=50)}))
     result = explore(one, Asked(candidates=2))
@@ -226,7 +226,7 @@ def test_a_candidate_that_cannot_be_made_is_told_and_the_search_goes_on(
     real = module.verify
 
     def broken(*given):
-        if given[3].weight_bits == 4:
+        if given[3].rate:
             raise RuntimeError("out of luck\nand more")
         return real(*given)
 

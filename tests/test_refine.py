@@ -11,9 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kompakt.artifact.kpk_onnx import pack_onnx
 from kompakt.artifact.onnx import export_onnx, open_onnx
 from kompakt.build.equalize import chains, equalized, with_biases
+from kompakt.build.importance import output_importance
+from kompakt.build.integer import exact
 from kompakt.build.quantize import codebooks, quantize, quantizers
+from kompakt.build.rate import Rate
 from kompakt.build.refine import Refinement, bias_corrected, refined
 from kompakt.build.stream import Stream, fitting, peak_bytes
 from kompakt.errors import InputError
@@ -24,6 +28,8 @@ from kompakt.measure.layers import outputs_of
 from kompakt.methods.codebook import Knobs as CodebookKnobs
 from kompakt.methods.codebook import codebook
 from kompakt.methods.uniform import Knobs, uniform
+from kompakt.numerics.grid import quantize as integers
+from kompakt.numerics.grid import saturation_free
 from kompakt.numerics.rounding import Annealing
 from kompakt.plan.plan import Plan, Quantize
 from kompakt.plan.rules import ONNXRUNTIME, placed
@@ -283,3 +289,25 @@ def test_adaround_is_refused_for_codebooks() -> None:
     plan, _ = codebook(capture.graph, CodebookKnobs(bits=2))
     with pytest.raises(InputError, match="adaround learns to round up or down"):
         refined(capture, quantize(capture, plan, Stats(histograms={}, means={}, examples=0)), plan, [images(8)], SHORT)
+
+
+def test_integers_by_rate_and_distortion_code_small_and_cannot_saturate(tmp_path: Path) -> None:
+    capture, nearest, plan, batches = prepared(trained_like(residual()), 8)
+    importance = output_importance(capture, batches)
+    sizes, errors = [], []
+    for trade in (1e-7, 1e-4):
+        how = Refinement(bias_correction=True, rate=Rate(trade=trade, importance=importance))
+        made = refined(capture, nearest, plan, batches, how)
+        for name, each in quantizers(made.module).items():
+            if name in made.graph.tensor:
+                weight = attribute(made.module, name)
+                q = integers(weight, each.scale, each.zero_point, each.spec)
+                assert bool(saturation_free(q).all())
+        path = export_onnx(made, tmp_path / f"{trade}.onnx")
+        x = images(64, seed=3)
+        with torch.no_grad():
+            assert np.array_equal(open_onnx(path, 1)(x.numpy()), exact(made).module(x).numpy())
+        sizes.append(pack_onnx(path, tmp_path / f"{trade}.kpk"))
+        errors.append(error(capture, made, torch.cat(batches)))
+    assert sizes[1] < sizes[0] < pack_onnx(export_onnx(nearest, tmp_path / "n.onnx"), tmp_path / "n.kpk")
+    assert errors[0] < errors[1]

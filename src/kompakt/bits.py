@@ -79,6 +79,11 @@ def _agree(section: QuantizeSection) -> None:
         wrong = next((name for name, value in also.items() if value), None)
         if wrong is not None:
             raise InputError(f"codebook and {wrong}: a codebook holds no uniform integers; leave one of the two out")
+    if section.rate is not None:
+        others = ("codebook", "mixed", "weight_bits", "group_size", "rounding", "dynamic", "packed")
+        wrong = next((name for name in others if getattr(section, name)), None)
+        if wrong is not None:
+            raise InputError(f"rate and {wrong}: rate chooses the steps of 8-bit integers; leave one of the two out")
     if section.mixed and section.weight_bits is not None:
         raise InputError("weight_bits and a budget of bits: say either one width for all or what they may cost")
     if section.mixed and (section.dynamic or section.group_size is not None):

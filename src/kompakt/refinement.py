@@ -1,7 +1,11 @@
 """What a recipe's ``[quantize]`` section asks beyond rounding to nearest, and carrying it out on a job's data."""
 
+from dataclasses import replace
+
 from kompakt.build.equalize import equalized, with_biases
+from kompakt.build.importance import output_importance
 from kompakt.build.quantize import codebooks, quantizers
+from kompakt.build.rate import Rate
 from kompakt.build.refine import Refinement, Rounding, refined
 from kompakt.build.stream import fitting
 from kompakt.graph.trace import Capture
@@ -18,6 +22,8 @@ def rounding(section: QuantizeSection) -> Rounding:
     """Return how weights are rounded: as said, else by retargeting at 4 bits or fewer and to nearest above."""
     if section.rounding is not None:
         return section.rounding
+    if section.rate is not None:
+        return "retarget"
     few = [bits for bits in (section.weight_bits, section.average_bits, section.codebook) if bits is not None]
     return "retarget" if section.mixed or any(bits <= FEW_BITS for bits in few) else "nearest"
 
@@ -33,26 +39,36 @@ def prepared(section: QuantizeSection, capture: Capture) -> Capture:
     """Return the float capture that is calibrated and quantized: equalized, with a bias everywhere, as asked."""
     if equalizes(section):
         capture = equalized(capture)
-    return with_biases(capture) if section.bias_correction else capture
+    return with_biases(capture) if _how(section).bias_correction else capture
 
 
 def refine(job: Job, section: QuantizeSection, original: Capture, quantized: Capture, plan: Plan) -> Capture:
     """Return ``quantized`` refined on training examples, or as it is where nothing is asked."""
-    how = Refinement(rounding=rounding(section), bias_correction=section.bias_correction, seed=job.seed)
-    if how.rounding == "nearest" and not how.bias_correction:
+    how = _how(section, job.seed)
+    if how.rounding == "nearest" and not how.bias_correction and section.rate is None:
         return quantized
     count = min(section.calibration_examples, len(job.data.train), fitting(original))
-    job.say(f"refining on {count} training examples: {_named(how)}")
-    part = job.data.train.subset(count, seed=job.seed)
-    return refined(original, quantized, plan, (inputs for inputs, _ in part.batches(BATCH)), how)
+    job.say(f"refining on {count} training examples: {_named(how, section.rate)}")
+    inputs = [inputs for inputs, _ in job.data.train.subset(count, seed=job.seed).batches(BATCH)]
+    if section.rate is not None:
+        how = replace(how, rate=Rate(trade=section.rate, importance=output_importance(original, inputs, job.seed)))
+    return refined(original, quantized, plan, inputs, how)
+
+
+def _how(section: QuantizeSection, seed: int = 0) -> Refinement:
+    return Refinement(
+        rounding=rounding(section),
+        bias_correction=section.bias_correction or section.rate is not None,
+        seed=seed,
+    )
 
 
 def notes(section: QuantizeSection, made: Capture, suffix: str) -> tuple[str, ...]:
     """Say what was done beyond rounding to nearest, and what few bits are good for in a file of ``suffix``."""
-    how = Refinement(rounding=rounding(section), bias_correction=section.bias_correction)
+    how = _how(section)
     said = ["weights equalized across layers"] if equalizes(section) else []
     if how.rounding != "nearest" or how.bias_correction:
-        said.append(_named(how))
+        said.append(_named(how, section.rate))
     if suffix == ".onnx":
         said += _storage(section, made)
     return tuple(said)
@@ -75,6 +91,8 @@ def _storage(section: QuantizeSection, made: Capture) -> list[str]:
     return said
 
 
-def _named(how: Refinement) -> str:
+def _named(how: Refinement, rate: float | None) -> str:
     parts = [] if how.rounding == "nearest" else [f"weights rounded by {how.rounding}"]
+    if rate is not None:
+        parts = [f"integers by rate and distortion, λ = {rate:g} nats a bit"]
     return ", ".join([*parts, *(["biases corrected"] if how.bias_correction else [])])

@@ -41,7 +41,9 @@ class _Prices:
         return torch.from_numpy(self.columns.bits(index, q.numpy(), candidates.numpy()))
 
 
-def rate_distorted(w: Tensor, hessian: Tensor, importance: Tensor, trade: float) -> tuple[Tensor, Tensor]:
+def rate_distorted(
+    w: Tensor, hessian: Tensor, importance: Tensor, trade: float, *, most: int = MOST, least: Tensor | float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Choose steps and integers of a weight.
 
     Steps follow from λ and the importance of each channel, times a factor for the layer that is tried on some of
@@ -52,31 +54,33 @@ def rate_distorted(w: Tensor, hessian: Tensor, importance: Tensor, trade: float)
         hessian: ``(groups, k, k)``, the mean of ``x xᵀ`` over the places where the layer applies its weight.
         importance: ``(rows,)``.
         trade: λ.
+        most: the largest magnitude of an integer; 63 keeps every pair of products with bytes within int16.
+        least: smallest scale of a channel, ``(rows,)`` or one for all.
 
     Returns:
         Integers, int32, of the shape of ``w``; scale ``(rows,)``.
     """
     factor = inverse_factor(hessian, DAMPING)
-    base = torch.maximum(steps(factor, importance, trade), w.detach().abs().flatten(1).amax(1) / MOST)
-    base = base.clamp(min=1e-12)
+    base = torch.maximum(steps(factor, importance, trade), w.detach().abs().flatten(1).amax(1) / most)
+    base = base.clamp(min=torch.as_tensor(least, dtype=base.dtype).clamp(min=1e-12))
     tried = _spread_rows(w.shape[0], factor.shape[0])
     best = min(
-        FACTORS, key=lambda wider: _trial(w, factor, coarse(base * wider, SCALE_BITS), (importance, trade), tried)
+        FACTORS, key=lambda wider: _trial(w, factor, coarse(base * wider, SCALE_BITS), (importance, trade), tried, most)
     )
     scale = coarse(base * best, SCALE_BITS)
-    q = _nearest(w, scale)
+    q = _nearest(w, scale, most)
     for _ in range(PASSES):
-        q, _ = trade_off(w, factor, scale, _prices(q), (importance, trade), MOST)
+        q, _ = trade_off(w, factor, scale, _prices(q), (importance, trade), most)
     return q, scale
 
 
-def _trial(w: Tensor, factor: Tensor, scale: Tensor, weights: tuple[Tensor, float], rows: Tensor) -> float:
+def _trial(w: Tensor, factor: Tensor, scale: Tensor, weights: tuple[Tensor, float], rows: Tensor, most: int) -> float:
     """The cost of some rows under a scale."""
     importance, trade = weights
-    q = _nearest(w, scale)
+    q = _nearest(w, scale, most)
     for _ in range(PASSES):
         prices = _Prices(columns=_prices(q).columns.rows(rows.numpy()))
-        found, cost = trade_off(w[rows], factor, scale[rows], prices, (importance[rows], trade), MOST)
+        found, cost = trade_off(w[rows], factor, scale[rows], prices, (importance[rows], trade), most)
         q = q.clone()
         q[rows] = found
     return float(cost.sum())
@@ -89,9 +93,9 @@ def _spread_rows(count: int, groups: int) -> Tensor:
     return torch.linspace(0, count - 1, TRIAL_ROWS).round().long()
 
 
-def _nearest(w: Tensor, scale: Tensor) -> Tensor:
+def _nearest(w: Tensor, scale: Tensor, most: int) -> Tensor:
     wide = scale.reshape(-1, *(1,) * (w.ndim - 1))
-    return (w.detach() / wide).round().clamp(-MOST, MOST).to(torch.int32)
+    return (w.detach() / wide).round().clamp(-most, most).to(torch.int32)
 
 
 def _prices(q: Tensor) -> _Prices:

@@ -36,6 +36,7 @@ from kompakt.plan.plan import Plan, Quantize, Share
 Rounding = Literal["nearest", "gptq", "retarget", "adaround"]
 REFINABLE = frozenset({"conv1d", "conv2d", "conv3d", "linear"})
 ANNEALING = Annealing(iterations=500)
+PAIRED = 63  # two products of such integers with bytes stay within int16
 ENOUGH_ROWS, WIDEST_STEP = 256, 3
 """Second moments are summed over at least so many positions a column, every third at the sparsest."""
 
@@ -233,7 +234,7 @@ def _solved(layer: _Layer, made: Quantizer, module: fx.GraphModule, how: Refinem
     """Return the layer's weight on its grid, rounded for its inputs; one that moved gets a range of its own."""
     weight, hessian = _targeted(layer, how)
     if how.rate is not None:
-        return _weighed(layer, made, weight, hessian, how.rate)
+        return _weighed(layer, made, module, (weight, hessian), how.rate)
     if how.rounding == "retarget":
         _set_grid(layer, made, weight, module)
     params = (made.scale, made.zero_point, made.spec)
@@ -241,8 +242,11 @@ def _solved(layer: _Layer, made: Quantizer, module: fx.GraphModule, how: Refinem
     return dequantize(q, *params)
 
 
-def _weighed(layer: _Layer, made: Quantizer, weight: Tensor, hessian: Tensor, rate: Rate) -> Tensor:
+def _weighed(
+    layer: _Layer, made: Quantizer, module: fx.GraphModule, found: tuple[Tensor, Tensor], rate: Rate
+) -> Tensor:
     """Return the layer's weight on a grid of its own, both chosen by rate and distortion."""
+    weight, hessian = found
     outputs = layer.op.shape[2:] if layer.conv else layer.op.shape[1:-1]
     thinner = _thinned(layer)
     if layer.conv is not None and thinner is not None:
@@ -251,7 +255,9 @@ def _weighed(layer: _Layer, made: Quantizer, weight: Tensor, hessian: Tensor, ra
         )
     places = sum(len(x) for x in layer.inputs) * prod(outputs)
     importance = rate.importance.get(layer.op.name, torch.zeros(len(weight)))
-    q, scale = rate_distorted(weight, hessian / places, importance, rate.trade)
+    most = PAIRED if made.spec.saturation_free else made.spec.qmax
+    least = _bias_scale(layer, module, torch.full((len(weight),), 1e-12))
+    q, scale = rate_distorted(weight, hessian / places, importance, rate.trade, most=most, least=least)
     made.scale, made.zero_point = scale, torch.zeros(len(scale), dtype=torch.int32)
     return dequantize(q, scale, made.zero_point, made.spec)
 
@@ -277,11 +283,16 @@ def _set_grid(layer: _Layer, made: Quantizer, weight: Tensor, module: fx.GraphMo
     scale, zero_point = affine_params(*weight_range(weight, spec, layer.entry.range), spec)
     if spec.saturation_free:
         scale = saturation_scale(weight, spec, scale)
+    made.scale, made.zero_point = _bias_scale(layer, module, scale), zero_point
+
+
+def _bias_scale(layer: _Layer, module: fx.GraphModule, scale: Tensor) -> Tensor:
+    """Widen the scales of a weight until the layer's bias fits int32, where it is rounded to it."""
     bias, source = _operand(layer.node, 2), quantizer_of(module, _operand(layer.node, 0))
     reader = _bias_reader(layer.node)
     if bias is not reader and reader is not None and source is not None and scale.ndim:
-        scale = scale_for_bias(scale, attribute(module, str(reader.target)), source.scale)
-    made.scale, made.zero_point = scale, zero_point
+        return scale_for_bias(scale, attribute(module, str(reader.target)), source.scale)
+    return scale
 
 
 def _function(layer: _Layer, module: fx.GraphModule) -> Callable[[Tensor, Tensor], Tensor]:

@@ -32,6 +32,9 @@ class IntegerOptions:
         Literal["nearest", "gptq", "retarget", "adaround"] | None,
         typer.Option(help="how weights are rounded; default: retarget at 4 bits or fewer, else nearest"),
     ] = None
+    rate: Annotated[
+        float | None, typer.Option(help="small .kpk: nats of divergence that a bit may cost, as 3e-8", min=0.0)
+    ] = None
     bias_correction: Annotated[bool, typer.Option("--bias-correction", help="mend the mean of each layer")] = False
     equalize: Annotated[
         bool | None,

@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 from kompakt.plan.recipe import BudgetSection, FinetuneSection, PruneSection, QuantizeSection, Recipe
 
-FULL_BITS = 8
-
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
@@ -14,14 +12,14 @@ class Choice:
     Args:
         fewer_macs: how many times fewer multiplications; 1 removes no channel.
         drop_blocks: residual blocks replaced by the identity.
-        weight_bits: of every layer's weights; activations have the target's own.
+        rate: nats of divergence that a bit of the coded weights may cost; 0 rounds to nearest.
         epochs: of training after pruning, the original as teacher.
         step_back: whether layers go back to float until the budget holds.
     """
 
     fewer_macs: float = 1.0
     drop_blocks: int = 0
-    weight_bits: int = FULL_BITS
+    rate: float = 0.0
     epochs: int = 0
     step_back: bool = False
 
@@ -31,7 +29,7 @@ class Choice:
             parts.append(f"{self.drop_blocks} block{'s' if self.drop_blocks > 1 else ''} dropped")
         if self.epochs:
             parts.append(f"{self.epochs} epoch{'s' if self.epochs > 1 else ''}")
-        parts.append(f"{self.weight_bits}-bit weights")
+        parts.append(f"integers at rate {self.rate:g}" if self.rate else "integers")
         if self.step_back:
             parts.append("layers back to float")
         return ", ".join(parts)
@@ -50,8 +48,8 @@ class Choice:
             update |= {"max_latency_ms": None, "drop_blocks": self.drop_blocks, "rounds": 1}
             prune = section.model_copy(update=update)
         quantize = base.quantize or QuantizeSection()
-        if self.weight_bits != FULL_BITS:
-            quantize = quantize.model_copy(update={"weight_bits": self.weight_bits})
+        if self.rate:
+            quantize = quantize.model_copy(update={"rate": self.rate})
         finetune: FinetuneSection = base.finetune.model_copy(update={"epochs": self.epochs})
         budget = base.budget if self.step_back else BudgetSection()
         made = {"prune": prune, "quantize": quantize, "finetune": finetune, "budget": budget}

@@ -13,8 +13,8 @@ from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from kompakt.engine.choice import FULL_BITS, Choice
-from kompakt.engine.strategy import FEW_BITS, Space
+from kompakt.engine.choice import Choice
+from kompakt.engine.strategy import RATES, Space
 from kompakt.errors import InputError
 from kompakt.measure.result import Tried
 
@@ -130,11 +130,11 @@ def choice_of(trial: FrozenTrial) -> Choice | None:
 
 def _suggest(trial: Trial, space: Space) -> Choice:
     """Read what a trial tries, or let the sampler draw it."""
-    bits = (FULL_BITS,) if space.objective == "latency" else (FULL_BITS, *FEW_BITS)
+    rates = (0.0,) if space.objective == "latency" else (0.0, *RATES)
     return Choice(
         fewer_macs=round(trial.suggest_float("fewer_macs", 1.0, space.most, step=0.01), 2),
         drop_blocks=trial.suggest_int("drop_blocks", 0, space.blocks),
-        weight_bits=trial.suggest_categorical("weight_bits", bits),
+        rate=trial.suggest_categorical("rate", rates),
         epochs=trial.suggest_int("epochs", 0, space.epochs, step=max(space.epochs, 1)),
         step_back=trial.suggest_categorical("step_back", (False, True)),
     )

@@ -5,15 +5,15 @@ many multiplications go is climbed by factors until a candidate breaks the budge
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Literal
 
-from kompakt.engine.choice import FULL_BITS, Choice
+from kompakt.engine.choice import Choice
 
 Objective = Literal["size", "latency", "both"]
 STRIDE, CLOSE = 1.5, 1.15
-FEW_BITS = (4, 3, 2)
+RATES = (1e-8, 4e-8, 1.6e-7, 6.4e-7, 2.56e-6)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class Space:
     """What may be tried.
 
     Args:
-        objective: bits below 8 are storage only: they are tried where size counts.
+        objective: fewer coded bits are storage only: rates are tried where size counts.
         max_drop: points on the validation split.
         epochs: of training; 0 trains nothing.
         most: the largest factor of multiplications.
@@ -52,7 +52,7 @@ def propose(drops: Mapping[Choice, float], space: Space) -> Choice | None:
 
     Example:
         >>> propose({}, Space(max_drop=1.0))
-        Choice(fewer_macs=1.0, drop_blocks=0, weight_bits=8, epochs=0, step_back=True)
+        Choice(fewer_macs=1.0, drop_blocks=0, rate=0.0, epochs=0, step_back=True)
     """
     try:
         _search(drops, space)
@@ -68,12 +68,12 @@ def _search(drops: Mapping[Choice, float], space: Space) -> None:
         return drops[choice] <= space.max_drop
 
     def narrow(choice: Choice) -> bool:
-        """Try a network at 8 bits, then at fewer as long as the budget holds."""
+        """Try a network rounded to nearest, then at rates that make it smaller, as long as the budget holds."""
         if not keeps(choice):
             return False
         if space.objective != "latency":
-            for bits in FEW_BITS:
-                if not keeps(Choice(**(vars(choice) | {"weight_bits": bits, "step_back": False}))):
+            for rate in RATES:
+                if not keeps(replace(choice, rate=rate, step_back=False)):
                     break
         return True
 
@@ -88,7 +88,7 @@ def _search(drops: Mapping[Choice, float], space: Space) -> None:
                 high = ratio
         return low
 
-    narrow(Choice(weight_bits=FULL_BITS, step_back=True))
+    narrow(Choice(step_back=True))
     free = climb(1.0, 0)
     if space.epochs:
         best = climb(free, space.epochs)

@@ -25,7 +25,9 @@ class QuantizeSection(Section):
     ``nearest``. The range of weights is, where nothing is said, ``mse`` below 8 bits, else ``minmax``.
     ``codebook`` shares 2^bits values among the weights instead; activations then stay float unless their bits are
     said. ``average_bits``, ``average_activation_bits``, ``max_bytes`` (of weights) and ``fewer_bops`` choose the bits
-    of every layer among ``widths``. ``keep_ends`` holds the first and the last layer at 8 bits.
+    of every layer among ``widths``. ``rate`` chooses steps and integers so that the coded file is small: nats of
+    divergence from the model's predictions that a bit may cost (``kompakt.build.rate``). ``keep_ends`` holds the
+    first and the last layer at 8 bits.
     """
 
     weight_bits: int | None = Field(default=None, ge=1, le=8)
@@ -40,6 +42,7 @@ class QuantizeSection(Section):
     fewer_bops: float | None = Field(default=None, gt=1)
     widths: tuple[Annotated[int, Field(ge=2, le=8)], ...] = (2, 3, 4, 5, 6, 8)
     sensitivity: Literal["output", "hessian"] = "output"
+    rate: float | None = Field(default=None, gt=0)
     keep_ends: bool = False
     packed: bool = False
     weight_range: Literal["minmax", "mse"] | None = None
