@@ -13,7 +13,7 @@ from kompakt.engine.choice import Choice
 
 Objective = Literal["size", "latency", "both"]
 STRIDE, CLOSE = 1.5, 1.15
-RATES = (1e-8, 4e-8, 1.6e-7, 6.4e-7, 2.56e-6)
+RATES = (1e-8, 3e-8, 6e-8, 1.2e-7, 3e-7)
 
 
 @dataclass(frozen=True, kw_only=True)
