@@ -52,8 +52,8 @@ class Setting:
 
 
 SETTINGS = {
-    "lenet5": Setting(rounds=12, examples=1000),
-    "bnnet": Setting(rounds=12, examples=1000),
+    "lenet5": Setting(rounds=12, examples=600),
+    "bnnet": Setting(rounds=12, examples=400),
     "resnet20": Setting(rounds=10, examples=120, batch=16, rate=0.03),
 }
 

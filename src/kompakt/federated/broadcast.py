@@ -64,14 +64,17 @@ class Broadcast:
             update = encode_update(target, self.state, self._spec, seed=seed)
             self._updates.append(update)
             self.state = decode_update(update, self.state)
+            # A whole state is smaller than what is dropped here.
+            while sum(map(len, self._updates)) >= state_bytes(self.state):
+                del self._updates[0]
         self.number += 1
 
     def packet(self, held: int | None) -> Packet:
         """What a client that holds the state of a number must be sent; None for a client that holds none."""
-        if held is not None and (held == self.number or self._spec is not None) and 0 <= held <= self.number:
-            updates = tuple(self._updates[held:])
-            if sum(map(len, updates)) < state_bytes(self.state):
-                return Packet(number=self.number, start=held, updates=updates)
+        missed = None if held is None else self.number - held
+        if missed is not None and 0 <= missed <= len(self._updates):
+            updates = tuple(self._updates[len(self._updates) - missed :])
+            return Packet(number=self.number, start=self.number - missed, updates=updates)
         return Packet(number=self.number, whole=dict(self.state))
 
 

@@ -75,21 +75,24 @@ class CompressedStrategy(Strategy):
         """Take the updates that can be taken and let the strategy make of them what it would of whole states."""
         assert self.server is not None
         given, errors = self._sorted(self.server, replies)
-        metrics: dict[int, MetricRecord] = {}
-        for message, answer in given:
-            client = message.metadata.src_node_id
-            found = self._metrics(message.content)
-            if found is None:
-                self.server.failed(client, f"no single record of metrics with a number {self._weight!r}")
-            elif self.server.receive(client, answer.round, answer.update, float(found[self._weight])) is None:
-                metrics[client] = found
-        taken = {c: t for c, t in self.server.close().items() if c in metrics}
+        good = [
+            (message, found)
+            for message, answer, found in self._alike(self.server, given)
+            if self.server.receive(
+                message.metadata.src_node_id, answer.round, answer.update, float(found[self._weight])
+            )
+            is None
+        ]
+        taken = self.server.close()
         self._write()
-        if not taken:
+        if not good:
             return None, None
         weights = set(layout_of(self.server.state).weights)
-        shown = [self._shown(message, taken, metrics, weights) for message, _ in given]
-        arrays, scores = self.strategy.aggregate_train(server_round, [*filter(None, shown), *errors])
+        for message, found in good:
+            state = taken[message.metadata.src_node_id].state
+            part = to_arrays({name: tensor for name, tensor in state.items() if name in weights})
+            message.content = RecordDict({self._key: part, "metrics": found})
+        arrays, scores = self.strategy.aggregate_train(server_round, [*(message for message, _ in good), *errors])
         return (None if arrays is None else self._whole(arrays, list(taken.values()), weights)), scores
 
     def configure_evaluate(
@@ -104,9 +107,9 @@ class CompressedStrategy(Strategy):
         """Let the strategy average the scores of those that could evaluate."""
         assert self.server is not None
         given, errors = self._sorted(self.server, replies)
-        for message, _ in given:
+        good = [message for message, _, _ in self._alike(self.server, given)]
+        for message in good:
             del message.content[RECORD]
-        good = [message for message, _ in given if self._metrics(message.content) is not None]
         found = self.strategy.aggregate_evaluate(server_round, [*good, *errors])
         self._score(server_round, found, "of clients")
         self._write()
@@ -148,25 +151,27 @@ class CompressedStrategy(Strategy):
                 given.append((message, answer))
         return given, errors
 
+    def _alike(self, server: Server, given: list[tuple[Message, Answer]]) -> list[tuple[Message, Answer, MetricRecord]]:
+        """Replies with the metrics that most have: Flower's own check would end the run at any other."""
+        found = [(message, answer, self._metrics(message.content)) for message, answer in given]
+        sets = Counter(frozenset(metrics) for _, _, metrics in found if metrics is not None)
+        common = sets.most_common(1)[0][0] if sets else frozenset()
+        alike = []
+        for message, answer, metrics in found:
+            if metrics is None:
+                reason = f"no single record of metrics with a number {self._weight!r}"
+            elif frozenset(metrics) != common:
+                reason = f"other metrics than most clients have: {', '.join(sorted(metrics))[:200]}"
+            else:
+                alike.append((message, answer, metrics))
+                continue
+            server.failed(message.metadata.src_node_id, reason)
+        return alike
+
     def _metrics(self, content: RecordDict) -> MetricRecord | None:
         found = list(content.metric_records.values())
         right = len(found) == 1 and type(found[0].get(self._weight)) in (int, float)
         return found[0] if right else None
-
-    def _shown(
-        self, message: Message, taken: dict[Any, Taken], metrics: dict[int, MetricRecord], weights: set[str]
-    ) -> Message | None:
-        """A reply as the strategy knows them: with the client's whole weights. None where the update was not taken."""
-        client = message.metadata.src_node_id
-        common = Counter(frozenset(found) for found in metrics.values()).most_common(1)[0][0]
-        if client not in taken or RECORD not in message.content:
-            return None
-        found = metrics[client]
-        # A client with other metrics than most would end the round in Flower's own check.
-        shown = found if frozenset(found) == common else MetricRecord({name: found.get(name, 0.0) for name in common})
-        part = {name: tensor for name, tensor in taken[client].state.items() if name in weights}
-        message.content = RecordDict({self._key: to_arrays(part), "metrics": shown})
-        return message
 
     def _whole(self, arrays: ArrayRecord, taken: list[Taken], weights: set[str]) -> ArrayRecord:
         """The strategy's weights in their dtypes, and the mean of all else, in the order of the state."""
