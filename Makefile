@@ -3,8 +3,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
+FUZZ_SECONDS ?= 60
 
-.PHONY: demo test check wheel clean
+.PHONY: demo test check fuzz wheel clean
 
 demo: $(VENV)/.stamp-run
 	$(BIN)/kompakt demo
@@ -17,6 +18,11 @@ check: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Guided by coverage where atheris installs, blind mutation of the committed corpus otherwise.
+fuzz: $(VENV)/.stamp-dev
+	-$(BIN)/python -m pip install --quiet --only-binary :all: atheris
+	$(BIN)/python -m tests.fuzz.fuzz_kpk $(FUZZ_SECONDS)
 
 wheel: $(VENV)/.stamp-dev
 	$(BIN)/python -m build --wheel --outdir dist

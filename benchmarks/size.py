@@ -1,4 +1,4 @@
-"""Bytes against accuracy without training: python -m benchmarks.size [--networks resnet20 …] [--data DIR].
+"""Bytes against accuracy: python -m benchmarks.size [--networks resnet20 …] [--data DIR] [--rate 1e-6 --epochs 8].
 
 The zoo's networks (CIFAR-10) are packed by kompakt at several prices of a bit and, where it is installed, by
 NNCodec at several
@@ -7,18 +7,21 @@ Runtime on the
 validation part of train, by which a user chooses, and on the test images. Beside them: the fp32 file, and it under
 zstd-19. Cells are
 written as they are done to ``results/size/NETWORK.jsonl`` and not measured again; ``--page`` writes docs/size.md
-from them.
+from them. With ``--rate`` and ``--epochs`` the networks are trained for rate instead (``[finetune] rate``, the
+original teaching, shifted and mirrored images): one cell.
 
 NNCodec wants an environment of its own (``pip install --no-deps nncodec``, pandas, ptflops, torchmetrics, opencv);
 run the script there.
 """
 
 import argparse
+import base64
 import importlib.util
 import json
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,22 +40,26 @@ from kompakt.graph.fold import fold
 from kompakt.graph.trace import trace
 from kompakt.job import Job
 from kompakt.models import load_model
+from kompakt.plan.recipe import FinetuneSection, Recipe
 from kompakt.shrink import prepare
+from kompakt.slim import slim
 
 ROOT = Path(__file__).resolve().parents[1]
 ZOO = Path("/work/shared/zoo") if Path("/work/shared/zoo").exists() else ROOT.parent / "shared" / "zoo"
 RESULTS = ROOT / "benchmarks" / "results" / "size"
 NETWORKS = {"resnet20": ("kompakt.zoo:resnet20", 32), "resnet32": ("kompakt.zoo:resnet32", 32),
             "resnet18": ("torchvision/resnet18", 48)}  # fmt: skip
-TRADES = {"resnet20": (1.5e-8, 3e-8, 6e-8, 1.2e-7), "resnet32": (1.5e-8, 3e-8, 6e-8, 1.2e-7),
-          "resnet18": (3e-9, 1e-8, 3e-8, 1e-7)}  # fmt: skip
+CIFAR = (1.5e-8, 3e-8, 6e-8, 1.2e-7, 7.5e-9, 3e-9)
+TRADES = {"resnet20": CIFAR, "resnet32": CIFAR, "resnet18": (3e-9, 1e-8, 3e-8, 1e-7)}
 STEPS = (-30, -28, -26, -24, -22, -20)
 RUNS = 5
+RATE = 0.05
+"""Learning rate of training for rate."""
 
 
 def measured(cells: list[dict[str, Any]], path: Path, key: dict[str, Any], work: Callable[[], dict[str, Any]]) -> None:
     """Do what no cell holds yet, and write it down."""
-    if any(all(cell.get(name) == value for name, value in key.items()) for cell in cells):
+    if any(all(cell.get(name) == value for name, value in key.items()) and "right" in cell for cell in cells):
         return
     cells.append(key | work())
     print(json.dumps(cells[-1]), flush=True)
@@ -60,10 +67,12 @@ def measured(cells: list[dict[str, Any]], path: Path, key: dict[str, Any], work:
         file.write(json.dumps(cells[-1]) + "\n")
 
 
-def scores(job: Job, path: Path) -> dict[str, float]:
-    """Accuracy in ONNX Runtime on the validation and the test part, in per cent."""
-    parts = {"validation": job.data.validation, "test": job.data.test}
-    return {name: 100 * job.judge.score(path, part).accuracy for name, part in parts.items()}
+def scores(job: Job, path: Path) -> dict[str, Any]:
+    """Accuracy in ONNX Runtime on the validation and the test part, in per cent; which test images were right."""
+    test = job.judge.score(path, job.data.test)
+    right = base64.b64encode(np.packbits(test.correct.astype(bool)).tobytes()).decode()
+    validation = job.judge.score(path, job.data.validation)
+    return {"validation": 100 * validation.accuracy, "test": 100 * test.accuracy, "right": right}
 
 
 def fastest(work: Callable[[], Any]) -> float:
@@ -98,6 +107,24 @@ def ours(job: Job, source: Any, trade: float, folder: Path) -> dict[str, Any]:
     }
 
 
+def trained(job: Job, rate: float, epochs: int, folder: Path) -> dict[str, Any]:
+    """A file of kompakt's after training for rate."""
+    recipe = Recipe(finetune=FinetuneSection(epochs=epochs, rate=rate, learning_rate=RATE, augment="crop_and_flip"))
+    start = time.process_time()
+    made = slim(replace(job, recipe=recipe), next(iter(job.data.train.batches(2, limit=2)))[0]).model
+    training = time.process_time() - start
+    path = job.target.export(prepare(replace(job, model=made)).kept(), folder / "trained.onnx", metadata={})
+    size = pack_onnx(path, folder / "trained.kpk")
+    unpack_file(folder / "trained.kpk", folder / "back.onnx")
+    return {
+        "bytes": size,
+        "choose_s": training,
+        "encode_s": fastest(lambda: pack_onnx(path, folder / "trained.kpk")),
+        "decode_s": fastest(lambda: codes(folder / "trained.kpk")),
+        **scores(job, folder / "back.onnx"),
+    }
+
+
 def theirs(job: Job, model: nn.Module, step: int, folder: Path) -> dict[str, Any]:
     """A file of NNCodec's at one step."""
     from nncodec import nnc
@@ -128,17 +155,23 @@ def plain(job: Job, capture: Any, weights: Path, folder: Path) -> dict[str, Any]
     return found | scores(job, job.target.export(capture, folder / "original.onnx", metadata={}))
 
 
-def network(name: str, data: Data) -> None:
-    """All cells of one network, kompakt's and NNCodec's in turn."""
+def network(name: str, data: Data, training: tuple[float, int] | None) -> None:
+    """All cells of one network, kompakt's and NNCodec's in turn, or the one of training for rate."""
     reference, _ = NETWORKS[name]
     weights, arguments = ZOO / f"{name}-cifar10.safetensors", {"num_classes": 10}
     model = load_model(reference, arguments=arguments, weights=weights)
-    job = Job(model=model, name=name, data=data, source="cifar10", target=target("onnxruntime"), out=RESULTS)
+    job = Job(model=model, name=name, data=data, source="cifar10", target=target("onnxruntime"), out=RESULTS,
+              progress=False)  # fmt: skip
     path = RESULTS / f"{name}.jsonl"
     cells = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    source = prepare(job)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+        if training is not None:
+            rate, epochs = training
+            key = {"codec": "kompakt, trained", "at": rate, "epochs": epochs}
+            measured(cells, path, key, lambda: trained(job, rate, epochs, folder))
+            return
+        source = prepare(job)
         measured(cells, path, {"codec": "fp32"}, lambda: plain(job, source.capture, weights, folder))
         for index in range(max(len(TRADES[name]), len(STEPS))):
             for trade in TRADES[name][index : index + 1]:
@@ -153,12 +186,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--data", default="/tmp/data")
+    parser.add_argument("--rate", type=float, help="train for rate: nats a bit")
+    parser.add_argument("--epochs", type=int, default=8, help="of training for rate")
     parser.add_argument("--page", action="store_true", help="only write docs/size.md")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     RESULTS.mkdir(parents=True, exist_ok=True)
     for name in [] if arguments.page else arguments.networks:
-        network(name, open_data(arguments.data, input_size=NETWORKS[name][1], progress=False))
+        training = None if arguments.rate is None else (arguments.rate, arguments.epochs)
+        network(name, open_data(arguments.data, input_size=NETWORKS[name][1], progress=False), training)
     write_page(RESULTS, ROOT / "docs")
 
 

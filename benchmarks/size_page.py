@@ -1,10 +1,15 @@
 """docs/size.md and its curves from the cells of ``benchmarks.size``."""
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
 
-HEAD = """# The smallest file without training
+import numpy as np
+
+from kompakt.measure.accuracy import Score, paired_drop
+
+HEAD = """# The smallest file
 
 Written by `python -m benchmarks.size` from `benchmarks/results/size`. Whole-file bytes of networks of the zoo
 (CIFAR-10 as JPEG),
@@ -29,14 +34,16 @@ channel (K-FAC's diagonal), so that one λ serves all layers and gives each chan
 mantissa, biases 6; biases are
 corrected. See `kompakt.numerics.rate_distortion`, `kompakt.build.rate`.
 """
-COLORS = {"kompakt": "#1f77b4", "NNCodec": "#d62728"}
+COLORS = {"kompakt": "#1f77b4", "NNCodec": "#d62728", "kompakt, trained": "#2ca02c"}
 
 
 def write_page(results: Path, docs: Path) -> None:
     """Write the page and one SVG a network."""
     parts = [HEAD]
     for path in sorted(results.glob("*.jsonl")):
-        cells = [json.loads(line) for line in path.read_text().splitlines()]
+        read = [json.loads(line) for line in path.read_text().splitlines()]
+        # A cell that was measured again replaces the older one.
+        cells = list({(cell["codec"], cell.get("at"), cell.get("epochs")): cell for cell in read}.values())
         parts.append(_section(path.stem, cells))
         (docs / f"size-{path.stem}.svg").write_text(_curve(path.stem, cells))
     (docs / "size.md").write_text("\n".join([*parts, METHOD]))
@@ -53,8 +60,9 @@ def _section(name: str, cells: list[dict[str, Any]]) -> str:
     ]
     for cell in _ordered(cells):
         drops = [first[part] - cell[part] for part in ("test", "validation")]
+        epochs = f" {cell['epochs']} epochs" if "epochs" in cell else ""
         rows.append(
-            f"| {cell['codec']} | {cell['at']:g} | {cell['bytes']:,} | {first['bytes'] / cell['bytes']:.1f} "
+            f"| {cell['codec']}{epochs} | {cell['at']:g} | {cell['bytes']:,} | {first['bytes'] / cell['bytes']:.1f} "
             f"| {cell['test']:.2f} | {drops[0]:+.2f} | {drops[1]:+.2f} "
             f"| {cell['encode_s']:.3f} | {cell['decode_s']:.4f} |"
         )
@@ -74,11 +82,26 @@ def _verdicts(cells: list[dict[str, Any]]) -> list[str]:
             best = min(equal, key=lambda item: item["bytes"])
             less, faster = 100 * (1 - best["bytes"] / cell["bytes"]), cell["decode_s"] / best["decode_s"]
             found.append(
-                f"- At least as accurate as qp {cell['at']:g}: {less:.0f} % fewer bytes, decoded {faster:.1f}× as fast."
+                f"- At least as accurate as qp {cell['at']:g}: λ {best['at']:g}, {less:.0f} % fewer bytes, decoded "
+                f"{faster:.1f}× as fast{_beside(cell, best)}."
             )
         else:
             found.append(f"- No file of kompakt's measured so far is as accurate as qp {cell['at']:g}.")
     return found
+
+
+def _beside(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+    """The paired difference of two files on the test images, where both cells have them."""
+    if "right" not in theirs or "right" not in ours:
+        return ""
+    drop = paired_drop(_score(theirs), _score(ours))
+    low, high = (-end for end in reversed(drop.ci95))
+    return f"; accuracy {-drop.points:+.2f} points beside it (95 % paired {low:+.2f} to {high:+.2f})"
+
+
+def _score(cell: dict[str, Any]) -> Score:
+    packed = np.frombuffer(base64.b64decode(cell["right"]), np.uint8)
+    return Score(correct=np.unpackbits(packed)[: 8 * packed.size].astype(bool))
 
 
 def _curve(name: str, cells: list[dict[str, Any]]) -> str:

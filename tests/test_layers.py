@@ -38,6 +38,7 @@ ORDER = (
         "engine",
         "federated",
         "finish",
+        "frugality",
         "job",
         "networks",
         "refinement",

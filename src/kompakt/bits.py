@@ -44,6 +44,8 @@ def planned(job: Job, section: QuantizeSection, capture: Capture, stats: Stats, 
         entries = (*job.plan.of(Quantize), *job.plan.of(Share))
         return Plan(entries=entries), (), ("the plan given is carried out as it stands",)
     asked = knobs(section, keep)
+    if job.recipe.finetune.rate is not None:
+        asked = replace(asked, weight_range="lattice")  # the steps that training has chosen
     if section.codebook is not None:
         return _shared(job, section, capture, asked)
     rules = job.target.rules

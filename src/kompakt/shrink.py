@@ -1,18 +1,18 @@
-"""The smallest ``.kpk`` of a model without training: λ is searched for a budget, judged on files read back."""
+"""The smallest ``.kpk`` of a model: λ is searched for a budget, or was trained for; judged on files read back."""
 
 import math
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from kompakt.artifact.kpk_onnx import pack_onnx
 from kompakt.artifact.splice import unpack_file
 from kompakt.build.equalize import with_biases
 from kompakt.build.importance import output_importance
-from kompakt.build.quantize import quantize
+from kompakt.build.quantize import quantize, quantizers
 from kompakt.build.rate import Rate
 from kompakt.build.refine import Refinement, refined
 from kompakt.build.stream import fitting
@@ -23,10 +23,13 @@ from kompakt.job import Job
 from kompakt.measure.accuracy import Score
 from kompakt.measure.result import Drop
 from kompakt.methods.rate import weights_only
+from kompakt.numerics.rate_distortion import coarse
 
 EXAMPLES, BATCH = 512, 32
 FIRST, STRIDE, LEAST, MOST = 3e-8, 4.0, 1e-12, 1e-3
 HALVINGS = 2
+SCALE_BITS = 4
+"""Of the mantissa of steps that training chose: it cannot mend what their rounding moves."""
 NO_STATS = Stats(histograms={}, means={}, examples=0)
 
 
@@ -73,6 +76,15 @@ class Source:
         how = Refinement(bias_correction=True, rate=Rate(trade=trade, importance=self.importance))
         return refined(self.capture, quantize(self.capture, plan, NO_STATS), plan, self.inputs, how)
 
+    def kept(self) -> Capture:
+        """Return the capture with the integers that its weights lie on already, as training for rate leaves them."""
+        plan = weights_only(self.capture.graph, "lattice")
+        how = Refinement(rounding="nearest", bias_correction=True, rate=Rate(trade=0.0, importance={}))
+        made = quantize(self.capture, plan, NO_STATS)
+        for quantizer in quantizers(made.module).values():
+            quantizer.scale = coarse(quantizer.scale, SCALE_BITS)
+        return refined(self.capture, made, plan, self.inputs, how)
+
 
 def prepare(job: Job) -> Source:
     """Capture a job's model, fold it and measure the importance of its channels on training examples."""
@@ -116,19 +128,44 @@ def shrink(job: Job, out: Path, *, size_bytes: int | None = None) -> Shrunk:
         else:
             tried = search(attempt, lambda found: found.drop.points <= (0.5 if limit is None else limit))
         chosen = _chosen(tried, limit, size_bytes)
-        packed = folder / f"{chosen.trade:.6e}.kpk"
-        back = folder / "back.onnx"
-        unpack_file(packed, back)
-        scores = [job.judge.score(path, job.data.test) for path in (original, back)]
-        pack_onnx(back, out)
-        return Shrunk(
-            chosen=chosen,
-            tried=tried,
-            baseline_bytes=original.stat().st_size,
-            baseline=scores[0],
-            compressed=scores[1],
-            drop=job.judge.drop(*scores),
-        )
+        return _written(job, original, folder / f"{chosen.trade:.6e}.kpk", out, chosen, tried)
+
+
+def settled(job: Job, model: nn.Module, rate: float, out: Path) -> Shrunk:
+    """Write the ``.kpk`` of a network that was trained for rate: the integers that its weights lie on.
+
+    Args:
+        job: of the original, against which it is judged.
+        model: trained with ``[finetune] rate``.
+        rate: λ of that training, for the record.
+        out: the ``.kpk``.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        original = job.target.export(prepare(job).capture, folder / "original.onnx", metadata={})
+        made = job.target.export(prepare(replace(job, model=model)).kept(), folder / "made.onnx", metadata={})
+        size = pack_onnx(made, folder / "made.kpk")
+        reference, score = (job.judge.score(path, job.data.validation) for path in (original, made))
+        chosen = Candidate(trade=rate, size_bytes=size, drop=job.judge.drop(reference, score))
+        return _written(job, original, folder / "made.kpk", out, chosen, (chosen,))
+
+
+def _written(
+    job: Job, original: Path, packed: Path, out: Path, chosen: Candidate, tried: tuple[Candidate, ...]
+) -> Shrunk:
+    """Read a file back, score it beside the original on the test split, and write it to ``out``."""
+    back = packed.with_suffix(".back.onnx")
+    unpack_file(packed, back)
+    scores = [job.judge.score(path, job.data.test) for path in (original, back)]
+    pack_onnx(back, out)
+    return Shrunk(
+        chosen=chosen,
+        tried=tried,
+        baseline_bytes=original.stat().st_size,
+        baseline=scores[0],
+        compressed=scores[1],
+        drop=job.judge.drop(*scores),
+    )
 
 
 def search(attempt: Callable[[float], Candidate], goes_up: Callable[[Candidate], bool]) -> tuple[Candidate, ...]:

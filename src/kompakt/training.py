@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from kompakt.augment import crop_and_flip
+from kompakt.build.priced import attach, priced_bits, refit, settle, trainable
 from kompakt.build.settings import Regularizer
 from kompakt.build.train import Hooks, Objective, TrainSettings, shuffled, train
+from kompakt.frugality import started
 from kompakt.graph.graph import Left
 from kompakt.job import Job
 from kompakt.plan.plan import Plan
@@ -60,6 +62,7 @@ def tuned(
     goal = objective(section, distill, job.model, model, example) if who else Objective()
     more = [extra(model, settings, section.epochs * loader.steps) for extra in extras]
     more += [Extra(after_step=(keeper(found.masks),))] if found.masks else []
+    more += [] if section.rate is None else [_rated(model, found, job, section.rate)]
     tick = job.tick
     more += [Extra(after_step=(lambda _model, _step: tick(),))] if tick is not None else []
     hooks = Hooks(
@@ -76,12 +79,19 @@ def tuned(
     return dataclasses.replace(found, model=model.eval(), did=did)
 
 
+def _rated(model: nn.Module, found: Slim, job: Job, rate: float) -> Extra:
+    """Let the weights be trained as the integers of the file, and what that asks of the loop."""
+    job.say(f"choosing integers to begin with, at {rate:.2g} nats a bit")
+    attach(model, started(job, found.model, rate, found.masks))
+    return Extra(regularizers=(priced_bits(rate),), after_step=(refit,), finish=settle)
+
+
 def keeper(keep: Mapping[str, Tensor]) -> Callable[[nn.Module, int], None]:
     """Return a hook for the training loop that sets to zero again what ``keep`` has False for."""
 
     def after_step(model: nn.Module, step: int) -> None:
         with torch.no_grad():
-            for name, weight in model.named_parameters():
+            for name, weight in trainable(model).items():
                 if name in keep:
                     weight.mul_(keep[name].to(weight.device, weight.dtype))
 

@@ -13,7 +13,7 @@ from kompakt.graph.graph import LAYER_KINDS
 from kompakt.graph.trace import Capture, attribute, kind_of
 from kompakt.numerics.codebook import share
 from kompakt.numerics.grid import affine_params, saturation_scale, scale_for_bias
-from kompakt.numerics.ranges import ESTIMATORS, weight_range
+from kompakt.numerics.ranges import ESTIMATORS, WEIGHT_RANGES, weight_range
 from kompakt.plan.plan import Plan, Quantize, Share
 from kompakt.spec import PerGroup
 
@@ -109,8 +109,9 @@ def _check(capture: Capture, entries: tuple[Quantize, ...], stats: Stats) -> Non
                 raise PlanError(f"{entry.tensor}: shares the range of {entry.like}, which the plan does not quantize")
             if entry.like is None and not entry.spec.dynamic and entry.tensor not in stats.histograms:
                 raise PlanError(f"{entry.tensor}: was not calibrated; calibrate with this plan")
-        if entry.range not in ESTIMATORS:
-            raise PlanError(f"{entry.tensor}: unknown range estimator {entry.range}; use {', '.join(ESTIMATORS)}")
+        known = ESTIMATORS if entry.role == "activation" else WEIGHT_RANGES
+        if entry.range not in known:
+            raise PlanError(f"{entry.tensor}: unknown range estimator {entry.range}; use {', '.join(known)}")
 
 
 def _sources_first(entries: Iterable[Quantize]) -> list[Quantize]:

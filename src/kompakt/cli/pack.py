@@ -16,9 +16,10 @@ from kompakt.errors import InputError
 from kompakt.files import writable_folder
 from kompakt.finish import points_text
 from kompakt.job import Job
-from kompakt.plan.recipe import BudgetSection, Recipe
+from kompakt.plan.recipe import BudgetSection, FinetuneSection, Recipe
 from kompakt.report.numbers import bytes_text
-from kompakt.shrink import Shrunk, shrink
+from kompakt.shrink import Shrunk, settled, shrink
+from kompakt.slim import slim
 
 PACKERS = {".onnx": pack_onnx, ".safetensors": pack_safetensors}
 OVER_BUDGET = 3
@@ -34,15 +35,21 @@ def pack(
         float | None, typer.Option(help="points that may be lost, with data (default 0.5)", min=0.0)
     ] = None,
     size_bytes: Annotated[int | None, typer.Option(help="bytes that the file may take, with data", min=1)] = None,
+    epochs: Annotated[int, typer.Option(help="train for rate so long before, with data", min=0)] = 0,
+    rate: Annotated[float | None, typer.Option(help="nats of the loss that a bit is worth in training")] = None,
 ) -> None:
     """Code a model's weights as small as they go: a file without loss, a MODEL with --data within a budget."""
+    if (epochs > 0) != (rate is not None):
+        raise InputError("--epochs and --rate go together: how long to train, and what a bit is worth, such as 1e-6")
     if data.data is not None:
-        if max_drop is not None and size_bytes is not None:
-            raise InputError("--max-drop and --size-bytes: give one of them")
-        _shrink(model, data, run, out, DROP if max_drop is None and size_bytes is None else max_drop, size_bytes)
+        if size_bytes is not None and (max_drop is not None or rate is not None):
+            raise InputError("--size-bytes goes with neither --max-drop nor --rate: give one of them")
+        limit = DROP if max_drop is None and size_bytes is None else max_drop
+        tune = FinetuneSection(epochs=epochs, rate=rate)
+        _shrink(model, data, run, out, Recipe(budget=BudgetSection(max_drop=limit), finetune=tune), size_bytes)
         return
-    if max_drop is not None or size_bytes is not None:
-        raise InputError("--max-drop and --size-bytes need --data: without data packing is lossless")
+    if max_drop is not None or size_bytes is not None or rate is not None:
+        raise InputError("--max-drop, --size-bytes and --rate need --data: without data packing is lossless")
     source = Path(model.model)
     file = source / "model.onnx" if source.is_dir() else source
     if file.suffix not in PACKERS:
@@ -58,9 +65,10 @@ def _shrink(
     data: OptionalDataOptions,
     run: RunOptions,
     out: Path,
-    max_drop: float | None,
+    recipe: Recipe,
     size_bytes: int | None,
 ) -> None:
+    """Make the file, by the search of λ or by training for rate, and say what it is worth."""
     network = model.load(run.seed)
     metric, folder = data.load_metric(), writable_folder(out.parent)
     examples = data.open(model, run)
@@ -72,16 +80,21 @@ def _shrink(
             source=str(data.data),
             target=target("onnxruntime"),
             out=folder,
-            recipe=Recipe(budget=BudgetSection(max_drop=max_drop)),
+            recipe=recipe,
             metric=metric,
             threads=run.threads,
             seed=run.seed,
             command="pack",
             say=say,
         )
-        found = shrink(job, out, size_bytes=size_bytes)
+        rate = recipe.finetune.rate
+        if rate is None:
+            found = shrink(job, out, size_bytes=size_bytes)
+        else:
+            example = next(iter(examples.train.batches(2, limit=2)))[0]
+            found = settled(job, slim(job, example).model, rate, out)
     size = out.stat().st_size
-    met = size <= size_bytes if size_bytes is not None else found.drop.points <= (max_drop or 0.0)
+    met = size <= size_bytes if size_bytes is not None else found.drop.points <= (recipe.budget.max_drop or 0.0)
     _show(run, model.model, out, found, met)
     if not met:
         typer.echo("kompakt: the budget is not met; the best file is saved", err=True)

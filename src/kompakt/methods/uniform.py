@@ -18,7 +18,7 @@ class Knobs:
         weight_bits, activation_bits: None takes the target's own.
         group_size: one scale for each run of so many weights instead of one a channel.
         bits: width by weight or op, before the two above; an op that only moves values has its source's.
-        weight_range: ``minmax`` or ``mse``; None takes ``mse`` below 8 bits.
+        weight_range: ``minmax``, ``mse`` or ``lattice``; None takes ``mse`` below 8 bits.
         activation_range: a key of ``kompakt.numerics.ranges.ESTIMATORS``.
         dynamic: activations of linear layers are quantized by each input's own range; convolutions stay float.
         keep: names of layers (ops) that stay float.

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kompakt.errors import InputError
 from kompakt.numerics.grid import affine_params, fake_quantize, param_shape, rows
+from kompakt.numerics.lattice import lattice
 from kompakt.spec import PerChannel, QuantSpec
 
 BINS = 2048
@@ -331,30 +332,43 @@ ESTIMATORS: dict[str, Callable[[Histogram, QuantSpec], Range]] = {
 }
 
 
+WEIGHT_RANGES = ("minmax", "mse", "lattice")
+
+
 def weight_range(w: Tensor, spec: QuantSpec, estimator: str = "minmax") -> Range:
     """Find the range of a weight, exactly, from its values.
 
     ``mse`` shrinks the exact range by 40 factors, then twice more finely around the best of each scale, and
-    for affine integers does so for each end too. Never worse than ``minmax``.
+    for affine integers does so for each end too. Never worse than ``minmax``. ``lattice`` keeps the steps of rows that
+    lie on a grid already (``kompakt.numerics.lattice``), and is ``minmax`` for the others and for affine integers.
 
     Args:
         w: weight.
         spec: the integers and their granularity.
-        estimator: ``minmax`` or ``mse``.
+        estimator: ``minmax``, ``mse`` or ``lattice``.
 
     Returns:
         Low and high ends, float32, of the shape of the scale.
 
     Raises:
-        InputError: the estimator is not one of the two.
+        InputError: the estimator is none of them.
     """
-    if estimator not in ("minmax", "mse"):
-        raise InputError(f"{estimator}: weights take the range estimators minmax and mse")
+    if estimator not in WEIGHT_RANGES:
+        raise InputError(f"{estimator}: weights take the range estimators {', '.join(WEIGHT_RANGES)}")
     shape, flat = param_shape(tuple(w.shape), spec.granularity), rows(w.detach().float(), spec.granularity)
     low, high = flat.aminmax(dim=1)
     if estimator == "mse":
         low, high = _shrunk(flat, low.clamp(max=0), high.clamp(min=0), spec)
+    if estimator == "lattice" and spec.symmetric and spec.signed:
+        low, high = _kept(flat, low, high, spec)
     return low.reshape(shape), high.reshape(shape)
+
+
+def _kept(flat: Tensor, low: Tensor, high: Tensor, spec: QuantSpec) -> Range:
+    """Give rows on a grid the range whose scale is their step."""
+    step = lattice(flat, spec.qmax)
+    on = step > 0
+    return torch.where(on, step * spec.qmin, low), torch.where(on, step * spec.qmax, high)
 
 
 def _shrunk(flat: Tensor, least: Tensor, most: Tensor, spec: QuantSpec) -> Range:

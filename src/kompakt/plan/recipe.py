@@ -118,7 +118,8 @@ class FinetuneSection(Section):
 
     The loss is ``(1 - distill) · cross entropy + distill · Σ weight · term`` over the terms of ``[distill]``,
     soft targets at ``temperature`` where it says nothing. ``teacher`` is ``original``, ``none``, an ONNX file, or
-    several of them, mixed evenly.
+    several of them, mixed evenly. ``rate`` trains weights as the integers that the file will hold: so many nats of
+    the loss are worth a bit of it (``kompakt.numerics.priced``).
     """
 
     epochs: int = Field(default=0, ge=0)
@@ -129,6 +130,7 @@ class FinetuneSection(Section):
     distill: float = Field(default=0.5, ge=0, le=1)
     temperature: float = Field(default=4.0, gt=0)
     tensorboard: bool = False
+    rate: float | None = Field(default=None, gt=0)
 
 
 class SparseTrainingSection(FinetuneSection):
@@ -144,6 +146,7 @@ class SparseTrainingSection(FinetuneSection):
     strength: float | None = Field(default=None, gt=0)
     share: float = Field(default=0.5, gt=0, lt=1)
     epochs: int = Field(default=1, ge=1)
+    rate: None = None
 
 
 class TermSection(Section):
@@ -185,6 +188,7 @@ class QatSection(FinetuneSection):
     """
 
     learning_rate: float = Field(default=0.01, gt=0)
+    rate: None = None
     weights: Literal["steps", "ternary", "binary"] = "steps"
 
 

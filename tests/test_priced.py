@@ -1,0 +1,179 @@
+"""Laws of training for rate: integers at the coder's prices, found again in the file."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kompakt.artifact.container import Reader
+from kompakt.build.priced import Start, attach, latents, priced_bits, refit, settle, trainable
+from kompakt.cli import main
+from kompakt.coding.rate import rate_model
+from kompakt.errors import InputError
+from kompakt.numerics.grid import affine_params
+from kompakt.numerics.lattice import lattice
+from kompakt.numerics.priced import SHIFT, priced, priced_round
+from kompakt.numerics.ranges import weight_range
+from kompakt.plan.recipe import Recipe
+from kompakt.spec import PerChannel, QuantSpec
+from kompakt.training import keeper
+
+
+def net() -> nn.Sequential:
+    """A tiny network on digits of 8×8 pixels."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(216, 10)).eval()
+
+
+def starts(model: nn.Module, step: float) -> dict[str, Start]:
+    weights = {name: p.detach() for name, p in model.named_parameters() if p.ndim > 1}
+    return {
+        name: Start(weight=(w / step).round() * step, steps=torch.full((len(w),), step)) for name, w in weights.items()
+    }
+
+
+@pytest.fixture
+def slopes() -> Tensor:
+    return torch.rand(3, 4000, generator=torch.Generator().manual_seed(1)) * 6
+
+
+def cost(q: Tensor, slopes: Tensor) -> Tensor:
+    """Bits of whole magnitudes, one by one."""
+    first, second, rest = slopes
+    return first * (q >= 1) + second * (q >= 2) + rest * (q - 2).clamp(min=0)
+
+
+def test_rounding_is_the_best_of_all_integers(slopes: Tensor) -> None:
+    z = torch.randn(4000, generator=torch.Generator().manual_seed(0)) * 2.5
+    every = torch.arange(-12.0, 13.0)[:, None]
+    paid = (z - every).square() / 2 + SHIFT * cost(every.abs(), slopes)
+    found = priced_round(z, slopes, 127)
+    least = (z - found).square() / 2 + SHIFT * cost(found.abs(), slopes)
+    assert torch.allclose(least, paid.min(0).values, atol=1e-5)
+
+
+def test_what_lies_on_an_integer_stays_there(slopes: Tensor) -> None:
+    z = torch.randint(-9, 10, (4000,), generator=torch.Generator().manual_seed(0)).float()
+    assert torch.equal(priced_round(z, 100 * slopes, 127), z)
+
+
+def test_no_integer_is_beyond_the_most() -> None:
+    z = torch.tensor([-300.0, -6.0, 6.0, 300.0])
+    assert torch.equal(priced_round(z, torch.zeros(3, 4), 5), torch.tensor([-5.0, -5.0, 5.0, 5.0]))
+
+
+def test_gradients_go_straight_through_rounding_and_down_the_price(slopes: Tensor) -> None:
+    z = (torch.randn(4000, generator=torch.Generator().manual_seed(0)) * 2).requires_grad_()
+    assert torch.equal(torch.autograd.grad(priced_round(z, slopes, 127).sum(), z)[0], torch.ones(4000))
+    down = torch.autograd.grad(priced(z, slopes).sum(), z)[0]
+    assert bool((down.sign() * z.sign() >= 0).all())
+
+
+def test_the_price_between_integers_is_theirs_mixed(slopes: Tensor) -> None:
+    z = torch.rand(4000, generator=torch.Generator().manual_seed(0)) * 6
+    low, part = z.floor(), z.frac()
+    assert torch.allclose(priced(z, slopes), (1 - part) * cost(low, slopes) + part * cost(low + 1, slopes), atol=1e-4)
+    assert torch.equal(priced(-z, slopes), priced(z, slopes))
+
+
+def test_the_penalty_is_what_the_coders_model_says() -> None:
+    """With the same scales, but without the prediction, which depends on the neighbours."""
+    values = np.random.default_rng(0).laplace(0, 0.7, (16, 8, 1, 1)).round().astype(np.int8)
+    model = nn.Sequential(nn.Conv2d(8, 16, 1))
+    attach(model, {"0.weight": Start(weight=torch.from_numpy(values * np.float32(0.5)), steps=torch.full((16,), 0.5))})
+    prices = rate_model(values)
+    bits = prices.bits(values)[0].sum() - prices.bits(np.zeros_like(values))[0].sum()
+    assert float(priced_bits(1.0)(model).detach()) == pytest.approx(float(bits), rel=0.02)
+
+
+def test_steps_of_a_grid_are_found_again_after_folding() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randint(-30, 31, (20, 40), generator=generator) * torch.tensor([1, 0]).repeat(20)
+    steps = torch.rand(20, generator=generator) + 0.01
+    found = lattice(q * steps[:, None], 127)
+    greatest = torch.tensor([float(np.gcd.reduce(row.numpy())) for row in q])
+    assert torch.allclose(found, steps * greatest, rtol=1e-5)
+    assert bool(lattice(torch.randn(20, 40, generator=generator), 127).isnan().all())
+
+
+def test_a_range_that_keeps_the_grid_has_its_steps_as_scales() -> None:
+    spec = QuantSpec(bits=8, granularity=PerChannel(axis=0))
+    w = torch.tensor([[0.3, -0.6, 0.0], [0.0, 0.0, 0.0], [0.5, 0.1234, 0.9]])
+    scale, _ = affine_params(*weight_range(w, spec, "lattice"), spec)
+    assert float(scale[0]) == pytest.approx(0.3)
+    plain, _ = affine_params(*weight_range(w, spec), spec)
+    assert torch.equal(scale[1:], plain[1:])
+
+
+def test_a_network_computes_on_its_grid_and_keeps_it_when_it_settles() -> None:
+    model = net()
+    names, x = [name for name, _ in model.named_parameters()], torch.randn(2, 3, 8, 8)
+    attach(model, starts(model, 0.05))
+    assert sorted(trainable(model)) == sorted(names)
+    assert set(latents(model)) == {"0.weight", "4.weight"}
+    with torch.no_grad():
+        latents(model)["4.weight"][1].add_(0.02 * torch.randn(10, 216))
+    before = model(x)
+    settle(model)
+    assert sorted(name for name, _ in model.named_parameters()) == sorted(names)
+    assert torch.equal(model(x), before)
+    assert bool(torch.isfinite(lattice(model[4].weight.detach(), 127)).all())
+
+
+def test_pruned_weights_stay_zero_on_the_grid() -> None:
+    model = net()
+    masks = {"4.weight": torch.rand(10, 216) < 0.3}
+    attach(model, starts(model, 0.01))
+    with torch.no_grad():
+        latents(model)["4.weight"][1].add_(1.0)
+    keeper(masks)(model, 1)
+    assert not model[4].weight.detach()[~masks["4.weight"]].any()
+
+
+def test_prices_follow_the_integers() -> None:
+    model = net()
+    attach(model, starts(model, 0.02))
+    made, weight = latents(model)["4.weight"]
+    before = made.slopes.clone()
+    with torch.no_grad():
+        weight.mul_(0.2)
+    refit(model, 50)
+    assert torch.equal(made.slopes, before)
+    refit(model, 100)
+    # Small integers are the rule now: a first step away from zero is dearer.
+    assert float(made.slopes[0].mean()) > float(before[0].mean())
+
+
+def packed(rate: float, folder: Path, patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """What ``kompakt pack`` says of a tiny network on digits that it trained for rate."""
+    model = ["tests.test_priced:net", "--data", "sklearn/digits", "--input-size", "8"]
+    asked = ["--epochs", "3", "--rate", str(rate), "--max-drop", "100", "--json", "-o", str(folder / f"{rate:g}.kpk")]
+    patch.setattr(sys, "argv", ["kompakt", "pack", *model, *asked])
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert not done.value.code
+    return json.loads(capsys.readouterr().out)
+
+
+def test_training_for_rate_writes_its_integers_and_a_dearer_bit_takes_fewer_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cheap, dear = (packed(rate, tmp_path, monkeypatch, capsys) for rate in (1e-5, 1e-3))
+    assert (tmp_path / "1e-05.kpk").stat().st_size == cheap["out_bytes"] > dear["out_bytes"]
+    assert cheap["accuracy"] > cheap["baseline_accuracy"] + 0.05
+    with Reader(tmp_path / "0.001.kpk") as reader:
+        codes = [a for name in reader.records for a in reader.parts(name).values() if a.dtype == np.int8]
+    assert len(codes) == 2
+    assert max(int(np.abs(a.astype(int)).max()) for a in codes) < 32
+
+
+def test_a_recipe_says_what_a_bit_is_worth() -> None:
+    assert Recipe.from_toml("[finetune]\nepochs = 1\nrate = 1e-6").finetune.rate == 1e-6
+    for text in ("[finetune]\nrate = 0", "[qat]\nrate = 1e-6"):
+        with pytest.raises(InputError, match="rate"):
+            Recipe.from_toml(text)
