@@ -279,5 +279,5 @@ def test_weight_mse_is_near_a_fine_brute_force(bits: int) -> None:
 
 
 def test_weights_refuse_other_estimators() -> None:
-    with pytest.raises(InputError, match="minmax and mse"):
+    with pytest.raises(InputError, match="minmax, mse, lattice"):
         weight_range(weight(), QuantSpec(), "kl")
