@@ -406,7 +406,10 @@ def test_distill_makes_a_student_trains_it_and_its_weights_come_back(
         (("--student", "thinner:0.5", "--loss", "dist=x"), "--loss dist=x: expected LOSS or LOSS=WEIGHT"),
         (("--student", "thinner:0.5", "--teacher", "big.pt"), "teacher big.pt: expected original, none or an ONNX"),
         (("--student", "thinner:0.5", "--teacher", "none.onnx"), "none.onnx: no such file"),
-        (("--student", "thinner:0.5", "--cache", "--augment", "crop_and_flip"), "cache: augmentation makes"),
+        (
+            ("--student", "thinner:0.5", "--cache", "--augment", "crop_and_flip"),
+            "cache: augment crop_and_flip makes",
+        ),
     ],
 )
 def test_distill_says_in_one_line_what_does_not_fit(

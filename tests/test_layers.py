@@ -48,6 +48,7 @@ ORDER = (
         "shrink",
         "slim",
         "sparsity",
+        "teachers",
         "teaching",
         "training",
     },

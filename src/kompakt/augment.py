@@ -4,9 +4,25 @@ Each takes images N×C×H×W of any dtype and returns new ones of the same shape
 example draws its own values. Bind other settings with ``functools.partial``.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+
+def flip(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirror half of the images: two forms of each come again and again, so that a teacher's answers can be kept.
+
+    Args:
+        images: N×C×H×W.
+        generator: where the randomness comes from (on the CPU).
+
+    Returns:
+        N×C×H×W of the same dtype.
+    """
+    mirrored = torch.rand(len(images), generator=generator) < 0.5
+    return torch.where(mirrored[:, None, None, None], images.flip(3), images)
 
 
 def crop_and_flip(images: Tensor, generator: torch.Generator, *, pad: int = 4) -> Tensor:
@@ -67,3 +83,13 @@ def resized_crop_and_flip(
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     out = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
     return out if images.is_floating_point() else out.round().to(images.dtype)
+
+
+AUGMENTATIONS: dict[str, Callable[[Tensor, torch.Generator], Tensor] | None] = {
+    "none": None,
+    "flip": flip,
+    "crop_and_flip": crop_and_flip,
+}
+"""By the names that recipes use."""
+FORMS = {"none": 1, "flip": 2}
+"""How many forms of an image those give that give a few; the others make every image new."""

@@ -1,76 +1,58 @@
-"""What a recipe says about teachers, as objects: who teaches, and what is minimised."""
+"""What a recipe says about training, as objects: settings, batches, what is minimised, who learns."""
 
-import hashlib
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from kompakt.artifact.onnx import open_onnx
+from kompakt.augment import AUGMENTATIONS
 from kompakt.build.distill import Objective, Teacher, Term, stage_terms
 from kompakt.build.factor import reset
-from kompakt.build.teacher_cache import TeacherCache
+from kompakt.build.settings import Loader, TrainSettings, shuffled
+from kompakt.build.teacher_cache import weights_digest
 from kompakt.errors import InputError
 from kompakt.graph.trace import trace
+from kompakt.job import Job
 from kompakt.methods.students import Made, is_derived, student
 from kompakt.models import load_model
 from kompakt.numerics.losses import LOGIT_LOSSES
 from kompakt.plan.plan import Plan
 from kompakt.plan.recipe import DistillSection, FinetuneSection, TermSection
+from kompakt.teachers import teachers
+
+CHECKPOINT_STEPS = 100
 
 
-def teachers(
-    section: FinetuneSection, distill: DistillSection, original: nn.Module, folder: Path, examples: int
-) -> tuple[Teacher, ...]:
-    """Return who teaches: the original, ONNX files in ONNX Runtime, or nobody.
-
-    Args:
-        section, distill: what the recipe says.
-        original: the original model.
-        folder: gets the caches of outputs, where they are asked for.
-        examples: the size of the training split, for the caches.
-
-    Raises:
-        InputError: a teacher that is neither, ``none`` beside another, or a cache under random augmentation.
-        FormatError: a file cannot be opened.
-    """
-    names = (section.teacher,) if isinstance(section.teacher, str) else section.teacher
-    if names == ("none",) or not section.distill:
-        return ()
-    if "none" in names or not names:
-        raise InputError(f"teacher {', '.join(names)}: say none alone, or the teachers")
-    if distill.cache and section.augment != "none":
-        raise InputError("cache: augmentation makes every image new, nothing would be found again; use augment none")
-    return tuple(Teacher(model=_teacher(name, original, distill.cache, folder, examples)) for name in names)
+def settings(section: FinetuneSection, out: Path, model: nn.Module, seed: int) -> TrainSettings:
+    """Return how long and how fast a section trains; its checkpoint is found again by the first weights of ``model``."""
+    place = out / "checkpoints" / f"{weights_digest(model)[:12]}-{seed}" if section.checkpoint else None
+    return TrainSettings(
+        epochs=section.epochs,
+        learning_rate=section.learning_rate,
+        warmup_epochs=min(1.0, section.epochs / 4),
+        channels_last=section.channels_last,
+        seed=seed,
+        checkpoint=place,
+        checkpoint_every=CHECKPOINT_STEPS,
+    )
 
 
-def _teacher(
-    name: str, original: nn.Module, cache: bool, folder: Path, examples: int
-) -> Callable[[Tensor], object] | TeacherCache:
-    if name != "original" and Path(name).suffix != ".onnx":
-        raise InputError(f"teacher {name}: expected original, none or an ONNX file")
-    found = original if name == "original" else onnx_teacher(Path(name))
-    if not cache:
-        return found
-    identity = "" if name == "original" else hashlib.sha256(Path(name).read_bytes()).hexdigest()
-    place = folder / "teachers" / ("original" if name == "original" else Path(name).stem)
-    return TeacherCache(found, place, capacity=examples, identity=identity)
+def batches(section: FinetuneSection, job: Job, seed: int) -> Loader:
+    """Return the training split in the batches that a section asks for."""
+    return shuffled(job.data.train, section.batch_size, seed=seed, augment=AUGMENTATIONS[section.augment])
 
 
-def onnx_teacher(path: Path) -> Callable[[Tensor], Tensor]:
-    """Open an ONNX file, float or quantized, as a teacher: a batch → logits, in ONNX Runtime.
+def taught(
+    job: Job, student: nn.Module, section: FinetuneSection, example: Tensor
+) -> tuple[tuple[Teacher, ...], Objective]:
+    """Return the teachers that a section asks for, and what is minimised.
 
     Raises:
-        FormatError: the file cannot be opened, or does not run on the batches.
+        InputError: a teacher, a loss, a knob or a tap does not fit.
     """
-    runtime = open_onnx(path, torch.get_num_threads())
-
-    def answer(inputs: Tensor) -> Tensor:
-        return torch.from_numpy(runtime(inputs.detach().cpu().contiguous().numpy()))
-
-    return answer
+    who = teachers(job, section, example)
+    return who, objective(section, job.recipe.distill, job.model, student, example) if who else Objective()
 
 
 def objective(

@@ -8,16 +8,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from kompakt.augment import crop_and_flip
 from kompakt.build.priced import attach, priced_bits, refit, settle, trainable
-from kompakt.build.settings import Regularizer
-from kompakt.build.train import Hooks, Objective, TrainSettings, shuffled, train
 from kompakt.frugality import started
+from kompakt.build.settings import Regularizer
+from kompakt.build.train import Hooks, TrainSettings, train
 from kompakt.graph.graph import Left
 from kompakt.job import Job
 from kompakt.plan.plan import Plan
 from kompakt.plan.recipe import FinetuneSection
-from kompakt.teaching import objective, taught_by, teachers
+from kompakt.teaching import batches, settings, taught, taught_by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,18 +48,10 @@ def tuned(
     found: Slim, job: Job, section: FinetuneSection, example: Tensor, seed: int, extras: tuple[Extras, ...] = ()
 ) -> Slim:
     """Train the smaller network, taught as the recipe says; weights that were set to zero stay zero."""
-    model, distill = copy.deepcopy(found.model), job.recipe.distill
-    settings = TrainSettings(
-        epochs=section.epochs,
-        learning_rate=section.learning_rate,
-        warmup_epochs=min(1.0, section.epochs / 4),
-        seed=seed,
-    )
-    augment = crop_and_flip if section.augment == "crop_and_flip" else None
-    loader = shuffled(job.data.train, section.batch_size, seed=seed, augment=augment)
-    who = teachers(section, distill, job.model, job.out, len(job.data.train))
-    goal = objective(section, distill, job.model, model, example) if who else Objective()
-    more = [extra(model, settings, section.epochs * loader.steps) for extra in extras]
+    model = copy.deepcopy(found.model)
+    loader, how = batches(section, job, seed), settings(section, job.out, model, seed)
+    who, goal = taught(job, model, section, example)
+    more = [extra(model, how, section.epochs * loader.steps) for extra in extras]
     more += [Extra(after_step=(keeper(found.masks),))] if found.masks else []
     more += [] if section.rate is None else [_rated(model, found, job, section.rate)]
     tick = job.tick
@@ -71,10 +62,10 @@ def tuned(
         tensorboard=job.out / "tensorboard" if section.tensorboard else None,
     )
     terms = tuple(term for extra in more for term in extra.regularizers)
-    train(model, loader, settings, objective=goal, teachers=who, regularizers=terms, hooks=hooks)
+    train(model, loader, how, objective=goal, teachers=who, regularizers=terms, hooks=hooks)
     for extra in more:
         extra.finish(model)
-    said = taught_by(section, distill) if who else ""
+    said = taught_by(section, job.recipe.distill) if who else ""
     did = f"{found.did}; trained for {section.epochs} epochs{said}".removeprefix("; ")
     return dataclasses.replace(found, model=model.eval(), did=did)
 

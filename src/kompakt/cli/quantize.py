@@ -108,7 +108,7 @@ def quantize(
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(f"--{str(first['loc'][0]).replace('_', '-')}: {first['msg']}") from None
-    qat = QatSection(**training.section(qat_epochs).model_dump(), weights=qat_weights)
+    qat = QatSection(**training.section(qat_epochs).model_dump(exclude_unset=True), weights=qat_weights)
     recipe = Recipe(quantize=section, qat=qat, budget=BudgetSection(max_drop=max_drop))
     given = Plan.read(plan) if plan is not None else None
     run_job("quantize", recipe, target_name, out, model, data, run, given)

@@ -15,11 +15,12 @@ class TrainingOptions:
 
     learning_rate: Annotated[float, typer.Option(help="highest rate of the cosine schedule", min=1e-8)] = 0.02
     batch_size: Annotated[int, typer.Option(help="examples a step", min=1)] = 128
-    augment: Annotated[Literal["none", "crop_and_flip"], typer.Option(help="of the training images")] = "none"
+    augment: Annotated[Literal["none", "flip", "crop_and_flip"], typer.Option(help="of the training images")] = "none"
     teacher: Annotated[
         list[str] | None, typer.Option(help="who teaches beside the labels: original, none or an ONNX file")
     ] = None
     temperature: Annotated[float, typer.Option(help="of the soft targets")] = 4.0
+    checkpoint: Annotated[bool, typer.Option("--checkpoint", help="go on where a stopped run was")] = False
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="write OUT/tensorboard")] = False
 
     def section(self, epochs: int) -> FinetuneSection:
@@ -37,5 +38,6 @@ class TrainingOptions:
             augment=self.augment,
             teacher=tuple(self.teacher or ("original",)),
             temperature=self.temperature,
+            checkpoint=self.checkpoint,
             tensorboard=self.tensorboard,
         )

@@ -119,16 +119,19 @@ class FinetuneSection(Section):
     The loss is ``(1 - distill) · cross entropy + distill · Σ weight · term`` over the terms of ``[distill]``,
     soft targets at ``temperature`` where it says nothing. ``teacher`` is ``original``, ``none``, an ONNX file, or
     several of them, mixed evenly. ``rate`` trains weights as the integers that the file will hold: so many nats of
-    the loss are worth a bit of it (``kompakt.numerics.priced``).
+    the loss are worth a bit of it (``kompakt.numerics.priced``). With ``checkpoint`` a run that was stopped goes on
+    from where it was.
     """
 
     epochs: int = Field(default=0, ge=0)
     learning_rate: float = Field(default=0.02, gt=0)
     batch_size: int = Field(default=128, ge=1)
-    augment: Literal["none", "crop_and_flip"] = "none"
+    augment: Literal["none", "flip", "crop_and_flip"] = "none"
+    channels_last: bool = False
     teacher: str | tuple[str, ...] = "original"
     distill: float = Field(default=0.5, ge=0, le=1)
     temperature: float = Field(default=4.0, gt=0)
+    checkpoint: bool = False
     tensorboard: bool = False
     rate: float | None = Field(default=None, gt=0)
 
@@ -171,13 +174,13 @@ class DistillSection(Section):
 
     ``student`` is made from the original (``kompakt.methods.students``) or a reference to the user's own; none
     trains the network itself. ``start`` is ``teacher``, its weights, or ``random``. ``cache`` keeps the
-    teachers' outputs on disk, for training without augmentation.
+    teachers' outputs on disk, in the output folder or in one that is named, for training on images that come again.
     """
 
     student: str | None = None
     start: Literal["teacher", "random"] = "teacher"
     terms: tuple[TermSection, ...] = Field(default=(TermSection(),), min_length=1)
-    cache: bool = False
+    cache: bool | str = False
 
 
 class QatSection(FinetuneSection):
@@ -189,6 +192,7 @@ class QatSection(FinetuneSection):
 
     learning_rate: float = Field(default=0.01, gt=0)
     rate: None = None
+    channels_last: bool = True
     weights: Literal["steps", "ternary", "binary"] = "steps"
 
 
