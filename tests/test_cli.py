@@ -1,6 +1,7 @@
 """The command line: the main job on a small network, what it writes, and one clear line for bad input."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -421,6 +422,36 @@ def test_distill_says_in_one_line_what_does_not_fit(
     assert (status, out) == (2, "")
     assert line in err
     assert err.count("\n") == 1
+
+
+HINT = '[[distill.terms]]\nloss = "hint"\nteacher = "{}"\nstudent = "{}"'
+
+
+@pytest.mark.parametrize(
+    ("recipe", "line"),
+    [
+        ('[distill]\nstudent = "tests.test_cli:seven"', "the teacher has 4 classes, the student 7"),
+        (HINT.format("layer9", "conv1"), "tap layer9: matches no module; the nearest are"),
+        (HINT.format("conv1", "conv*"), "tap conv*: matches 2 modules (conv1, conv2); name one"),
+        (HINT.format("conv1", "fc"), "hint: tap fc: 16×4 cannot be projected to the teacher's 16×8×16×16"),
+        ("[[distill.terms]]\nknobs = {temperature = -1.0}", "soft_targets: temperature -1.0: expected a positive"),
+        ("[finetune]\ntemperature = 0", "finetune.temperature: Input should be greater than 0"),
+        ("[finetune]\nlearning_rate = 1e12\nbatch_size = 16", "the loss is"),
+    ],
+)
+def test_a_distillation_that_cannot_be_is_one_line(
+    recipe: str, line: str, folder: Path, weights: Path, tmp_path: Path, run: Run
+) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text(recipe if "[finetune]" in recipe else f"{recipe}\n[finetune]\nbatch_size = 16")
+    file.write_text(file.read_text().replace("[finetune]", "[finetune]\nepochs = 2"))
+    given = ("--weights", weights, "--data", folder, *SIZE, "--recipe", file, "--out", tmp_path / "out", "--quiet")
+    status, out, err = run("compress", MODEL, *given)
+    assert (status, out) == (2, "")
+    assert line in err
+    assert err.count("\n") == 1
+    if "1e12" in recipe:
+        assert re.search(r"step \d+ \(epoch \d\): the loss is (nan|inf) \(task \S+, soft_targets \S+\)", err)
 
 
 def test_compress_refuses_a_target_that_it_cannot_measure(folder: Path, tmp_path: Path, run: Run) -> None:

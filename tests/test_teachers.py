@@ -134,7 +134,9 @@ def test_answers_are_kept_for_every_form_and_shared_by_the_runs_that_name_a_fold
         given = job(data, tmp_path / name, distill)
         student = net(1)
         who, goal = taught(given, student, section, EXAMPLE)
-        train(student, batches(section, given, 0), settings(section, given.out, student, 0), objective=goal, teachers=who)
+        train(
+            student, batches(section, given, 0), settings(section, given.out, student, 0), objective=goal, teachers=who
+        )
         [cache] = [teacher.model for teacher in who]
         assert isinstance(cache, TeacherCache)
         asked.append(cache.asked)

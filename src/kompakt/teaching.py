@@ -39,8 +39,9 @@ def settings(section: FinetuneSection, out: Path, model: nn.Module, seed: int) -
 
 
 def batches(section: FinetuneSection, job: Job, seed: int) -> Loader:
-    """Return the training split in the batches that a section asks for."""
-    return shuffled(job.data.train, section.batch_size, seed=seed, augment=AUGMENTATIONS[section.augment])
+    """Return the training split, or the part of it that a section asks for, in batches."""
+    part = job.data.train if section.examples is None else job.data.train.subset(section.examples, seed=job.seed)
+    return shuffled(part, section.batch_size, seed=seed, augment=AUGMENTATIONS[section.augment])
 
 
 def taught(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kompakt.build.checkpoint import load_checkpoint, save_checkpoint
+from kompakt.build.checkpoint import FILE, load_checkpoint, save_checkpoint
 from kompakt.build.distill import Student, Teacher, distillation_losses, teacher_features, term_names
 from kompakt.build.optimize import average_into, learning_rate_at, make_optimizer
 from kompakt.build.randomness import current, drawing_from, resume, seeded
@@ -195,7 +195,8 @@ class Run:
                 raise ModelError(f"step {self.step}: {name} is no longer finite; {self._advice()}")
 
     def _advice(self) -> str:
-        kept = f"; the checkpoint in {self.settings.checkpoint} is from before" if self.settings.checkpoint else ""
+        folder = self.settings.checkpoint
+        kept = f"; the checkpoint in {folder} is from before" if folder and (folder / FILE).exists() else ""
         return f"lower the learning rate ({self.settings.learning_rate}) or set clip_norm{kept}"
 
     def _close_epoch(self, start: float) -> None:

@@ -126,6 +126,7 @@ class FinetuneSection(Section):
     epochs: int = Field(default=0, ge=0)
     learning_rate: float = Field(default=0.02, gt=0)
     batch_size: int = Field(default=128, ge=1)
+    examples: int | None = Field(default=None, ge=1)
     augment: Literal["none", "flip", "crop_and_flip"] = "none"
     channels_last: bool = False
     teacher: str | tuple[str, ...] = "original"
