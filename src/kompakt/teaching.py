@@ -25,7 +25,7 @@ CHECKPOINT_STEPS = 100
 
 
 def settings(section: FinetuneSection, out: Path, model: nn.Module, seed: int) -> TrainSettings:
-    """Return how long and how fast a section trains; its checkpoint is found again by the first weights of ``model``."""
+    """Return how long and how fast a section trains; the first weights of ``model`` name its checkpoint."""
     place = out / "checkpoints" / f"{weights_digest(model)[:12]}-{seed}" if section.checkpoint else None
     return TrainSettings(
         epochs=section.epochs,
