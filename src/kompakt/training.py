@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from kompakt.build.priced import attach, priced_bits, refit, settle, trainable
-from kompakt.frugality import started
 from kompakt.build.settings import Regularizer
 from kompakt.build.train import Hooks, TrainSettings, train
+from kompakt.frugality import started
 from kompakt.graph.graph import Left
 from kompakt.job import Job
 from kompakt.plan.plan import Plan
