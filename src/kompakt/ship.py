@@ -14,7 +14,7 @@ from kompakt.artifact.targets import Target
 from kompakt.build.integer import exact
 from kompakt.build.quantize import quantize
 from kompakt.data import Split
-from kompakt.graph.calibrate import calibrate
+from kompakt.graph.calibrate import calibrate, pool
 from kompakt.graph.fold import fold
 from kompakt.graph.graph import Left
 from kompakt.graph.trace import Capture, trace
@@ -22,7 +22,7 @@ from kompakt.measure.parity import compare
 from kompakt.measure.result import Parity
 from kompakt.measure.size import size_bytes
 from kompakt.methods.uniform import Knobs, uniform
-from kompakt.plan.rules import placed
+from kompakt.plan.rules import placed, pooled
 
 BATCH = 32
 PROOFS = 256
@@ -64,6 +64,7 @@ def quantized(
     capture = fold(trace(model, example))
     sites = placed(capture.graph, target.rules, knobs.keep)
     stats = calibrate(capture, (inputs for inputs, _ in calibration.batches(BATCH)), sites)
+    stats = pool(stats, pooled(capture.graph, target.rules, sites))
     plan, left = uniform(capture.graph, target.rules, knobs)
     return quantize(capture, plan, stats), left
 

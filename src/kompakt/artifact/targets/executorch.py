@@ -25,8 +25,12 @@ RULES = replace(
     weight_depthwise=_WEIGHT,
     activation=QuantSpec(bits=8, signed=True, symmetric=False),
     needs_output=frozenset({"conv2d", "linear"}),
+    one_grid=frozenset({"cat"}),
 )
-"""s8 activations with a zero point, s8 weights by channel; XNNPACK sums in int32: all 8 bits are used."""
+"""s8 activations with a zero point, s8 weights by channel; XNNPACK sums in int32: all 8 bits are used.
+
+XNNPACK's concatenation copies bytes: what it joins must lie on one grid.
+"""
 
 SNIPPET = """\
 import torch
