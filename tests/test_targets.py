@@ -1,17 +1,21 @@
 """Laws of the targets: each computes what was simulated by its own rules, and its checks find what is wrong."""
 
+import os
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kompakt.artifact.decomposed import to_decomposed
 from kompakt.artifact.lint import check_onnxruntime, check_tensorrt, opset, read
+from kompakt.artifact.lint_xml import check_xml
 from kompakt.artifact.onnx import export_onnx
 from kompakt.artifact.targets import TARGETS, Target, target
 from kompakt.artifact.targets.triton import CONFIG, read_config
@@ -19,13 +23,16 @@ from kompakt.errors import FormatError, InputError, MissingExtraError
 from kompakt.graph.calibrate import calibrate, pool
 from kompakt.graph.fold import fold
 from kompakt.graph.trace import trace
+from kompakt.measure.departure import departure
 from kompakt.plan.rules import ONNXRUNTIME, placed, pooled, range_owner
 from kompakt.ship import Shipped, ship
-from tests.integer_nets import Concat, Depthwise, Residual, inputs, seeded
+from tests.integer_nets import Concat, Depthwise, Pools, Residual, inputs, seeded
 
 
 def installed(name: str) -> Target:
-    """The target, or a skipped test where its runtime is not installed."""
+    """The target, or a skipped test where its runtime is not installed, or its compiler takes minutes."""
+    if name == "torch" and not os.environ.get("KOMPAKT_SLOW_TESTS"):
+        pytest.skip("AOTInductor compiles for a minute; set KOMPAKT_SLOW_TESTS=1")
     for module in TARGETS[name].modules:
         if find_spec(module) is None:
             pytest.skip(f'{module} is not installed; pip install "kompakt[{TARGETS[name].extra}]"')
@@ -155,3 +162,89 @@ def test_an_opset_out_of_range_is_found(tmp_path: Path) -> None:
     file = read(export_onnx(seeded(Residual), tmp_path / "model.onnx"))
     assert [item.rule for item in opset(file, 7, 13)] == ["opset"]
     assert opset(file, 7, 24) == ()
+
+
+def test_a_failure_names_the_first_layer_that_departs(tmp_path: Path) -> None:
+    capture, chosen = seeded(Residual), TARGETS["onnxruntime"]
+    path = export_onnx(capture, tmp_path / "model.onnx")
+    good = departure(capture, chosen, path, inputs(4, seed=1))
+    assert good.first is None
+    assert {"conv2d", "add", "add_1"} <= {layer.name.split()[0] for layer in good.layers}
+    assert max(layer.max_steps for layer in good.layers) <= 1
+    model = onnx.load(str(path))
+    weight = next(item for item in model.graph.initializer if "conv2" in item.name and item.data_type == 3)
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight)[::-1].copy(), weight.name))
+    onnx.save(model, str(path))
+    bad = departure(capture, chosen, path, inputs(4, seed=1))
+    assert bad.first is not None
+    assert bad.first.startswith("add ")
+    assert next(layer for layer in bad.layers if layer.name.startswith("conv2d ")).max_steps <= 1
+
+
+def test_litert_shows_the_values_inside_and_what_is_left_in_float(tmp_path: Path) -> None:
+    found = shipped("litert", tmp_path)
+    assert len(found.departure.layers) >= 4
+    assert found.departure.first is None
+    pools = ship(seeded(Pools, rules=TARGETS["litert"].rules), TARGETS["litert"], tmp_path)
+    assert {"float", "type"} <= {item.rule for item in pools.findings}
+
+
+IR = """<?xml version="1.0"?>
+<net name="m" version="11"><layers>
+<layer id="0" name="x" type="Parameter"><output><port id="0"/></output></layer>
+<layer id="1" name="q" type="{kind}"><input><port id="0"/></input><output><port id="1"/></output></layer>
+<layer id="2" name="w" type="Const"><data element_type="i8" shape="2,2,1,1" offset="0" size="4"/>
+<output><port id="0"/></output></layer>
+<layer id="3" name="c" type="Convert"><input><port id="0"/></input><output><port id="1"/></output></layer>
+<layer id="4" name="conv" type="Convolution"><input><port id="0"/><port id="1"/></input></layer>
+</layers><edges>
+<edge from-layer="0" from-port="0" to-layer="1" to-port="0"/>
+<edge from-layer="1" from-port="1" to-layer="4" to-port="0"/>
+<edge from-layer="2" from-port="0" to-layer="3" to-port="0"/>
+<edge from-layer="3" from-port="1" to-layer="4" to-port="1"/>
+</edges></net>"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "weights", "rules"),
+    [
+        ("FakeQuantize", [60, 60, -60, -60], []),
+        ("FakeQuantize", [127, 127, 1, 1], ["saturation"]),
+        ("ReLU", [1, 1, 1, 1], ["island"]),
+    ],
+)
+def test_a_model_of_openvinos_is_read_without_openvino(
+    kind: str, weights: list[int], rules: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "m.xml"
+    path.write_text(IR.format(kind=kind))
+    path.with_suffix(".bin").write_bytes(np.array(weights, dtype=np.int8).tobytes())
+    assert [item.rule for item in check_xml(path)] == rules
+    path.with_suffix(".bin").write_bytes(b"12")
+    with pytest.raises(FormatError, match="was cut off"):
+        check_xml(path)
+    path.with_suffix(".bin").unlink()
+    with pytest.raises(FormatError, match=r"keep the \.xml and its \.bin together"):
+        check_xml(path)
+
+
+@pytest.mark.parametrize("text", ["", "<net/>", "<net><layers>", '<!DOCTYPE a [<!ENTITY b "c">]><net/>', "\x00"])
+def test_what_is_not_a_model_of_openvinos_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "m.xml"
+    path.write_text(text)
+    path.with_suffix(".bin").touch()
+    with pytest.raises(FormatError, match=r"m\.xml"):
+        check_xml(path)
+
+
+def test_a_package_of_torchaos_is_opened_like_kompakts_own(tmp_path: Path) -> None:
+    installed("torch")
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model, x = nn.Sequential(nn.Flatten(), nn.Linear(432, 5)).eval(), inputs(1)
+    quantize_(model, Int8WeightOnlyConfig())
+    torch.export.save(torch.export.export(model, (x,)), tmp_path / "theirs.pt2")
+    runtime = TARGETS["torch"].open(tmp_path / "theirs.pt2", 1)
+    assert runtime.shape == (1, 3, 12, 12)
+    with torch.no_grad():
+        assert np.allclose(runtime(x.numpy()), model(x).numpy(), atol=1e-4)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from kompakt.artifact.decomposed import to_decomposed
+from kompakt.artifact.lint import Finding
 from kompakt.artifact.targets.target import Target
 from kompakt.build.quantize import quantizers
 from kompakt.errors import FormatError, ModelError
@@ -61,6 +62,11 @@ class Interpreted:
     """An interpreter with its tensors allocated."""
 
     interpreter: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of an input."""
+        return tuple(int(size) for size in self.interpreter.get_input_details()[0]["shape"])
 
     def __call__(self, batch: np.ndarray) -> np.ndarray:
         """Run a batch, one example after the other; integers become floats on the file's own grids."""
@@ -136,18 +142,82 @@ def open_litert(path: str | Path, threads: int = 1) -> Interpreted:
     Raises:
         FormatError: it is missing, truncated, or something else.
     """
-    from ai_edge_litert.interpreter import Interpreter
-
     try:
         content = Path(path).read_bytes()
         if content[4:8] != b"TFL3":
             raise ValueError("it has no TFL3 mark")
         with _silence():
-            interpreter = Interpreter(model_content=content, num_threads=threads)
-            interpreter.allocate_tensors()
+            interpreter = _interpreter(content, threads)
     except (OSError, RuntimeError, ValueError) as error:
         raise FormatError(f"{path}: LiteRT cannot open it: {str(error).splitlines()[0][:200]}") from None
     return Interpreted(interpreter=interpreter)
+
+
+def _interpreter(content: bytes, threads: int, *, whole: bool = False) -> Any:
+    """Make an interpreter; ``whole`` keeps every tensor and leaves all operators to LiteRT's own kernels."""
+    from ai_edge_litert.interpreter import Interpreter, OpResolverType
+
+    more: dict[str, Any] = {}
+    if whole:
+        plain = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+        more = {"experimental_preserve_all_tensors": True, "experimental_op_resolver_type": plain}
+    made = Interpreter(model_content=content, num_threads=threads, **more)
+    made.allocate_tensors()
+    return made
+
+
+def inside(path: Path, inputs: np.ndarray, grids: Mapping[str, tuple[float, int]]) -> dict[str, np.ndarray]:
+    """Show the values inside by LiteRT's own kernels; the converter renames tensors, so each is known by its grid."""
+    opened = _interpreter(Path(path).read_bytes(), 1, whole=True)
+    by_grid = {(np.float32(scale), zero): name for name, (scale, zero) in grids.items()}
+    places = {}
+    for detail in opened.get_tensor_details():
+        scale, zero = detail["quantization"]
+        name = by_grid.get((np.float32(scale), zero)) if detail["dtype"] is np.int8 else None
+        if name is not None:
+            places.setdefault(name, detail)
+    source = opened.get_input_details()[0]
+    seen: dict[str, list[np.ndarray]] = {name: [] for name in places}
+    for example in np.split(_into(inputs, source), len(inputs)):
+        opened.set_tensor(source["index"], example)
+        opened.invoke()
+        for name, detail in places.items():
+            seen[name].append(_first_channels(_out(opened.get_tensor(detail["index"]), detail)))
+    return {name: np.concatenate(parts) for name, parts in seen.items()}
+
+
+def _first_channels(value: np.ndarray) -> np.ndarray:
+    """Put channels, which LiteRT keeps last, where PyTorch has them."""
+    return value.transpose(0, 3, 1, 2) if value.ndim == 4 else value
+
+
+def check(path: Path) -> tuple[Finding, ...]:
+    """Find operators that run in float in an integer file, those that only this runtime has, and open shapes."""
+    open_litert(path)  # says in one line what is not a model
+    with _silence():
+        opened = _interpreter(path.read_bytes(), 1, whole=True)
+    details = {item["index"]: item for item in opened.get_tensor_details()}
+    kinds = {index: np.dtype(item["dtype"]) for index, item in details.items()}
+    integer = np.int8 in kinds.values()
+    found = []
+    for item in opened._get_ops_details():
+        name = item["op_name"]
+        made = [kinds[index] for index in item["outputs"] if index in kinds]
+        where = ", ".join(str(details[index]["name"])[-60:] for index in item["outputs"] if index in details) or name
+        if integer and np.float32 in made and name != "DEQUANTIZE":
+            what = f"{name} runs in float: no integer kernel, so microcontrollers and NPUs cannot run it"
+            mend = "give it quantized inputs and output, or replace it"
+            found.append(Finding(where=where, what=what, mend=mend, rule="float"))
+        elif name.startswith(("STABLEHLO_", "Flex", "CUSTOM")):
+            what = f"{name}: not among LiteRT's builtin operators for small devices"
+            mend = "replace the layer by one of ordinary operators, and export again"
+            found.append(Finding(where=where, what=what, mend=mend, rule="type"))
+    for source in opened.get_input_details():
+        if -1 in source["shape_signature"]:
+            what = f"input shape {tuple(source['shape_signature'])} is open; NPUs and microcontrollers want it fixed"
+            mend = "export it by kompakt export --to litert, which fixes it"
+            found.append(Finding(where=source["name"], what=what, mend=mend, rule="shape"))
+    return tuple(found)
 
 
 TARGET = Target(
@@ -156,6 +226,8 @@ TARGET = Target(
     export=export,
     open=open_litert,
     snippet=SNIPPET,
+    check=check,
+    inside=inside,
     extra="litert",
     modules=("litert_torch", "ai_edge_litert"),
     note="a .tflite is for batches of one; quantized, its input and output are int8",
