@@ -23,9 +23,12 @@ from kompakt.errors import FormatError, InputError, MissingExtraError
 from kompakt.graph.calibrate import calibrate, pool
 from kompakt.graph.fold import fold
 from kompakt.graph.trace import trace
+from kompakt.islands import beside_islands, measured
+from kompakt.loaders import LoaderSplit
 from kompakt.measure.departure import departure
 from kompakt.plan.rules import ONNXRUNTIME, placed, pooled, range_owner
 from kompakt.ship import Shipped, ship
+from tests import nets
 from tests.integer_nets import Concat, Depthwise, Pools, Residual, inputs, seeded
 
 
@@ -248,3 +251,15 @@ def test_a_package_of_torchaos_is_opened_like_kompakts_own(tmp_path: Path) -> No
     assert runtime.shape == (1, 3, 12, 12)
     with torch.no_grad():
         assert np.allclose(runtime(x.numpy()), model(x).numpy(), atol=1e-4)
+
+
+def test_layers_beside_float_operators_are_found_and_both_files_are_measured() -> None:
+    model, chosen, x = nets.branches(), TARGETS["onnxruntime"], nets.images(8)
+    graph = fold(trace(model, x[:2])).graph
+    assert {graph.by_name[name].module for name in beside_islands(graph, chosen.rules)} == {"head"}
+    part = LoaderSplit(loader=[(x, torch.zeros(8, dtype=torch.int64))], name="calibration")
+    found = measured(model, x[:2], chosen, part, seconds=0.2)
+    assert "1 layers stand beside float operators" in found.why
+    assert {item.name for item in found.left} in ({"head"}, set())
+    plain = measured(nets.residual(), x[:2], chosen, part, seconds=0.2)
+    assert plain.why == "no layer stands beside a float operator"

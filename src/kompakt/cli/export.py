@@ -21,6 +21,7 @@ from kompakt.errors import InputError
 from kompakt.files import atomic_write, writable_folder
 from kompakt.graph.fold import fold
 from kompakt.graph.trace import trace
+from kompakt.islands import measured
 from kompakt.measure.departure import Departure
 from kompakt.measure.size import size_bytes
 from kompakt.measure.tune import tune
@@ -53,7 +54,7 @@ def export(
         _tell(_tuned(shipped, run) if tune_options else shipped, chosen, out, run)
         return
     network = _pruned(model, plan, run) if plan else model.load(run.seed)
-    folder = writable_folder(out)
+    folder, islands = writable_folder(out), ""
     with speaking(run) as say:
         if data.data is None:
             shipped = ship(fold(trace(network, model.example())), chosen, folder, say=say)
@@ -61,18 +62,23 @@ def export(
             examples = data.open(model, run)
             say("calibrating")
             part = examples.train.subset(min(calibration, len(examples.train)), seed=run.seed)
-            capture, left = quantized(network, model.example(), chosen, part)
+            if tune_options:
+                made = measured(network, model.example(), chosen, part, seed=run.seed)
+                capture, left, islands = made.capture, made.left, made.why
+            else:
+                capture, left = quantized(network, model.example(), chosen, part)
             proof = next(iter(examples.test.batches(proofs, limit=proofs)))[0]
             shipped = ship(capture, chosen, folder, left=left, proof=proof, say=say)
-    _tell(_tuned(shipped, run) if tune_options else shipped, chosen, folder, run)
+    _tell(_tuned(shipped, run, islands) if tune_options else shipped, chosen, folder, run)
 
 
-def _tuned(shipped: Shipped, run: RunOptions) -> Shipped:
+def _tuned(shipped: Shipped, run: RunOptions, islands: str = "") -> Shipped:
     """Choose how the file is opened, and write it into the snippet."""
     example = np.zeros(open_onnx(shipped.path).shape, dtype=np.float32)
     found = tune(shipped.path, example, threads=run.threads, seed=run.seed)
     text = snippet(found.options).format(file=shipped.path.name, shape=tuple(example.shape))
-    return replace(shipped, snippet=text, options={**asdict(found.options), "why": found.why, "p50_ms": found.p50_ms})
+    said = {**asdict(found.options), "why": found.why, "p50_ms": found.p50_ms, "islands": islands}
+    return replace(shipped, snippet=text, options=said)
 
 
 def check(
@@ -164,6 +170,8 @@ def _tell(shipped: Shipped, chosen: Target, out: Path, run: RunOptions) -> None:
                 f"SQNR {seen.sqnr_db:.1f} dB, max {seen.max_abs_error:.3g}"
             )
         if shipped.options:
+            if shipped.options["islands"]:
+                typer.echo(f"layers: {shipped.options['islands']}")
             typer.echo(f"options: {shipped.options['why']}; export.json shows how to open the file so")
         if shipped.departure.first:
             typer.echo(f"parity: {shipped.departure.first} is the first layer that departs from what was simulated")
