@@ -170,7 +170,7 @@ def inside(path: Path, inputs: np.ndarray, grids: Mapping[str, tuple[float, int]
     """Show the values inside by LiteRT's own kernels; the converter renames tensors, so each is known by its grid."""
     opened = _interpreter(Path(path).read_bytes(), 1, whole=True)
     by_grid = {(np.float32(scale), zero): name for name, (scale, zero) in grids.items()}
-    places = {}
+    places: dict[str, Any] = {}
     for detail in opened.get_tensor_details():
         scale, zero = detail["quantization"]
         name = by_grid.get((np.float32(scale), zero)) if detail["dtype"] is np.int8 else None
