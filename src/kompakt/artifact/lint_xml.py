@@ -119,7 +119,7 @@ def _stored(ir: Ir, identity: str) -> np.ndarray | None:
     if kind is None:
         return None
     shape = [int(size) for size in data["shape"].split(",") if size]
-    return np.frombuffer(ir.weights, kind, prod(shape), int(data["offset"])).reshape(shape)
+    return np.frombuffer(ir.weights, kind, prod(shape), int(data["offset"])).reshape(shape).copy()
 
 
 def _quantized(ir: Ir, here: str | None) -> bool:
