@@ -185,7 +185,7 @@ def prepare(key: str, places: Places, calibration: int, evaluation: int) -> Imag
     inputs, tests = (subject.spec.normalise(torch.from_numpy(part)) for part in (raw, scored))
     model = subject.model(places.shelf)
     if subject.statistics:
-        _estimate_statistics(model, inputs[:STATISTICS_IMAGES])
+        estimate_statistics(model, inputs[:STATISTICS_IMAGES])
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "float.safetensors")
     export_onnx(fold(trace(model.eval(), inputs[:2])), folder / "float.onnx")
     np.save(folder / "calibration.npy", inputs.numpy())
@@ -193,7 +193,7 @@ def prepare(key: str, places: Places, calibration: int, evaluation: int) -> Imag
     return Images(calibration=inputs.numpy(), evaluation=tests.numpy(), labels=labels)
 
 
-def _estimate_statistics(model: nn.Module, inputs: torch.Tensor) -> None:
+def estimate_statistics(model: nn.Module, inputs: torch.Tensor) -> None:
     """Set the batch norms' means and variances to those of ``inputs``, so that activations keep their size."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kompakt.build.quantize import quantize
-from kompakt.graph.calibrate import calibrate
+from kompakt.graph.calibrate import calibrate, pool
 from kompakt.graph.fold import fold
 from kompakt.graph.trace import Capture, trace
 from kompakt.methods.uniform import Knobs, uniform
-from kompakt.plan.rules import ONNXRUNTIME, Rules, placed
+from kompakt.plan.rules import ONNXRUNTIME, Rules, placed, pooled
 
 
 class Residual(nn.Module):
@@ -172,7 +172,8 @@ def inputs(count: int, seed: int = 0) -> Tensor:
 def quantized(model: nn.Module, data: Tensor, knobs: Knobs = Knobs(), rules: Rules = ONNXRUNTIME) -> Capture:
     """Fold, calibrate and quantize a model."""
     capture = fold(trace(model, data[:2]))
-    stats = calibrate(capture, data.split(32), placed(capture.graph, rules, knobs.keep))
+    sites = placed(capture.graph, rules, knobs.keep)
+    stats = pool(calibrate(capture, data.split(32), sites), pooled(capture.graph, rules, sites))
     plan, _ = uniform(capture.graph, rules, knobs)
     return quantize(capture, plan, stats)
 

@@ -39,6 +39,7 @@ ORDER = (
         "federated",
         "finish",
         "frugality",
+        "islands",
         "job",
         "networks",
         "refinement",

@@ -1,8 +1,9 @@
 """``ship``: one model, the artifact of one target by that target's rules, proved in its runtime."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,18 +15,21 @@ from kompakt.artifact.targets import Target
 from kompakt.build.integer import exact
 from kompakt.build.quantize import quantize
 from kompakt.data import Split
-from kompakt.graph.calibrate import calibrate
+from kompakt.graph.calibrate import calibrate, pool
 from kompakt.graph.fold import fold
 from kompakt.graph.graph import Left
 from kompakt.graph.trace import Capture, trace
+from kompakt.measure.departure import Departure, departure
 from kompakt.measure.parity import compare
 from kompakt.measure.result import Parity
 from kompakt.measure.size import size_bytes
 from kompakt.methods.uniform import Knobs, uniform
-from kompakt.plan.rules import placed
+from kompakt.plan.rules import placed, pooled
 
 BATCH = 32
 PROOFS = 256
+LOOK = 8
+"""Examples on which the layers inside are compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,17 +40,21 @@ class Shipped:
         path: the file or folder.
         size_bytes: of all of it.
         parity: simulated against real outputs; None where the runtime is not here.
+        departure: where the two part, layer by layer.
         findings: what the target's checks say of it.
         left: layers that stay float, with the reason.
         snippet: how to run it.
+        options: how the runtime opens it best, where that was measured.
     """
 
     path: Path
     size_bytes: int
     parity: Parity | None
+    departure: Departure
     findings: tuple[Finding, ...]
     left: tuple[Left, ...]
     snippet: str
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def quantized(
@@ -64,6 +72,7 @@ def quantized(
     capture = fold(trace(model, example))
     sites = placed(capture.graph, target.rules, knobs.keep)
     stats = calibrate(capture, (inputs for inputs, _ in calibration.batches(BATCH)), sites)
+    stats = pool(stats, pooled(capture.graph, target.rules, sites))
     plan, left = uniform(capture.graph, target.rules, knobs)
     return quantize(capture, plan, stats), left
 
@@ -93,11 +102,19 @@ def ship(
     say(f"exporting to {target.name}")
     path = target.export(capture, out / f"model{target.suffix}", metadata={"made_by": f"kompakt {__version__}"})
     say("comparing with the simulated model")
-    parity = prove(capture, target, path, capture.example[0] if proof is None else proof)
+    inputs = capture.example[0] if proof is None else proof
+    parity = prove(capture, target, path, inputs)
+    inside = departure(capture, target, path, inputs[:LOOK])
     shape = tuple(capture.example[0][:1].shape)
     snippet = target.snippet.format(file=path.name, shape=shape)
     return Shipped(
-        path=path, size_bytes=size_bytes(path), parity=parity, findings=target.check(path), left=left, snippet=snippet
+        path=path,
+        size_bytes=size_bytes(path),
+        parity=parity,
+        departure=inside,
+        findings=target.check(path),
+        left=left,
+        snippet=snippet,
     )
 
 

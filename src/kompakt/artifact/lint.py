@@ -15,7 +15,12 @@ from kompakt.errors import FormatError
 from kompakt.numerics.grid import saturation_free
 
 LAYERS = frozenset({"Conv", "Gemm", "MatMul", "ConvTranspose"})
-OPSETS = {"onnxruntime": (7, 26), "openvino": (6, 24), "tensorrt": (9, 24)}
+# ONNX Runtime: "all opsets from the latest released version of the ONNX spec", from 7 on; 1.32 knows ONNX 1.23's 26:
+# https://onnxruntime.ai/docs/reference/compatibility.html#onnx-opset-support
+# OpenVINO: its list of operators goes from version 1 to those of opset 23:
+# https://github.com/openvinotoolkit/openvino/blob/master/src/frontends/onnx/docs/supported_ops.md
+# TensorRT 10: "operators from opset 9 to opset 22": https://github.com/onnx/onnx-tensorrt/blob/main/docs/operators.md
+OPSETS = {"onnxruntime": (7, 26), "openvino": (1, 23), "tensorrt": (9, 22)}
 _REFUSED = {
     "onnxruntime": {"FLOAT4E2M1", "COMPLEX64", "COMPLEX128"},
     "openvino": {"FLOAT4E2M1", "COMPLEX64", "COMPLEX128", "STRING"},
@@ -73,9 +78,7 @@ def check_onnxruntime(path: Path) -> tuple[Finding, ...]:
 
 
 def check_openvino(path: Path) -> tuple[Finding, ...]:
-    """Check an ONNX file for OpenVINO; its own ``.xml`` has been through this before it was written."""
-    if path.suffix == ".xml":
-        return ()
+    """Check an ONNX file for OpenVINO."""
     file = read(path)
     return (*_general(file, "openvino"), *saturation(file, depthwise=True), *islands(file))
 

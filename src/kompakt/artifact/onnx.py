@@ -4,7 +4,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -156,6 +156,56 @@ def _unshare_zero_points(model: onnx.ModelProto) -> None:
         taken.add(name)
 
 
+LEVELS = {
+    "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "disabled": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+}
+SPINNING, PRECISE = "session.intra_op.allow_spinning", "session.x64quantprecision"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How ONNX Runtime opens a file.
+
+    Args:
+        threads: intra-op threads.
+        spinning: whether idle threads spin; None lets them where there is one.
+        precise: ``session.x64quantprecision``: u8·s8 sums in int32 on x86 without VNNI, exact and slower.
+        level: key of ``LEVELS``: how much the graph is optimised.
+    """
+
+    threads: int = 1
+    spinning: bool | None = None
+    precise: bool = False
+    level: str = "all"
+
+    @property
+    def entries(self) -> dict[str, str]:
+        """The session's configuration entries."""
+        spins = self.threads == 1 if self.spinning is None else self.spinning
+        return {SPINNING: str(int(spins))} | ({PRECISE: "1"} if self.precise else {})
+
+    def session(self) -> ort.SessionOptions:
+        """Return them as the runtime takes them."""
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        options.graph_optimization_level = LEVELS[self.level]
+        for key, value in self.entries.items():
+            options.add_session_config_entry(key, value)
+        return options
+
+    def source(self) -> str:
+        """Return the lines of Python that make ``options``."""
+        lines = ["options = ort.SessionOptions()", f"options.intra_op_num_threads = {self.threads}"]
+        if self.level != "all":
+            lines.append(f"options.graph_optimization_level = ort.{LEVELS[self.level]}")
+        lines += [f'options.add_session_config_entry("{key}", "{value}")' for key, value in self.entries.items()]
+        return "\n".join(lines) + "\n"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
     """An open ONNX Runtime session and how it was opened."""
@@ -163,6 +213,11 @@ class Runtime:
     session: ort.InferenceSession
     path: Path
     threads: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of an input; open sizes are 1."""
+        return tuple(size if isinstance(size, int) else 1 for size in self.session.get_inputs()[0].shape)
 
     def __call__(self, batch: np.ndarray) -> np.ndarray:
         """Run a batch and return the first output; a file with a fixed batch is run as often as it takes."""
@@ -181,7 +236,7 @@ def open_onnx(
     path: str | Path,
     threads: int = 1,
     *,
-    optimize: bool = True,
+    options: Options | None = None,
     optimized: Path | None = None,
     profile: Path | None = None,
 ) -> Runtime:
@@ -190,33 +245,27 @@ def open_onnx(
     Args:
         path: the file.
         threads: intra-op threads; with more than one, idle threads do not spin.
-        optimize: let the runtime fuse operators; without it each runs as it is written.
+        options: how else to open it; instead of ``threads``.
         optimized: where to write the graph as the runtime optimised it, less what depends on the CPU.
         profile: where (a prefix) to write the runtime's own profile.
 
     Raises:
         FormatError: the file is missing, is not an ONNX model, or the runtime cannot run it.
     """
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0" if threads > 1 else "1")
-    if not optimize:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    asked = options or Options(threads=threads)
+    settings = (asked if optimized is None else replace(asked, level="extended")).session()
     if optimized is not None:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-        options.optimized_model_filepath = str(optimized)
+        settings.optimized_model_filepath = str(optimized)
     if profile is not None:
-        options.enable_profiling = True
-        options.profile_file_prefix = str(profile)
+        settings.enable_profiling = True
+        settings.profile_file_prefix = str(profile)
     if not Path(path).is_file():
         raise FormatError(f"{path}: no such file")
     try:
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises classes of its own, one for each status
         raise FormatError(f"{path}: ONNX Runtime cannot open it: {str(error).splitlines()[0][:300]}") from None
-    return Runtime(session=session, path=Path(path), threads=threads)
+    return Runtime(session=session, path=Path(path), threads=asked.threads)
 
 
 def runtime_graph(path: str | Path) -> onnx.ModelProto:

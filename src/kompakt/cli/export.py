@@ -1,16 +1,19 @@
 """``kompakt export`` and ``kompakt check``: the right file for each target, and what would go wrong with a file."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 from rich.console import Console
 from torch import Tensor, nn
 
 from kompakt.artifact.lint import Finding
-from kompakt.artifact.targets import Target, target
+from kompakt.artifact.onnx import open_onnx
+from kompakt.artifact.targets import Target, runtime_of, target
+from kompakt.artifact.targets.onnxruntime import snippet
 from kompakt.build.prune import apply_prune
 from kompakt.cli.options import ModelOptions, OptionalDataOptions, RunOptions
 from kompakt.cli.voice import speaking
@@ -18,7 +21,10 @@ from kompakt.errors import InputError
 from kompakt.files import atomic_write, writable_folder
 from kompakt.graph.fold import fold
 from kompakt.graph.trace import trace
+from kompakt.islands import measured
+from kompakt.measure.departure import Departure
 from kompakt.measure.size import size_bytes
+from kompakt.measure.tune import tune
 from kompakt.models import load_model, parse_arguments
 from kompakt.plan.plan import Plan
 from kompakt.report.numbers import bytes_text
@@ -26,7 +32,6 @@ from kompakt.ship import PROOFS, Shipped, quantized, ship
 from kompakt.weights import load_weights
 
 To = Annotated[str, typer.Option("--to", help="onnxruntime, openvino, tensorrt, triton, executorch …")]
-SUFFIXES = {".xml": "openvino", ".pte": "executorch", ".tflite": "litert", ".onnx": "onnxruntime", "": "triton"}
 
 
 def export(
@@ -37,14 +42,19 @@ def export(
     run: RunOptions,
     plan: Annotated[Path | None, typer.Option(help="plan.json of a pruned model, whose --weights are given")] = None,
     calibration: Annotated[int, typer.Option(help="training examples to calibrate on", min=1)] = 512,
+    proofs: Annotated[int, typer.Option(help="test examples on which the file is compared", min=1)] = PROOFS,
+    tune_options: Annotated[bool, typer.Option("--tune", help="choose ONNX Runtime's options by measurement")] = False,
 ) -> None:
     """Write MODEL (or a folder that compress wrote) for a runtime: float without --data, int8 with it."""
     chosen = target(to)
+    if tune_options and chosen.name != "onnxruntime":
+        raise InputError(f"--tune: chooses options of ONNX Runtime; {chosen.name} has none to choose")
     if Path(model.model).is_dir():
-        _convert(Path(model.model), chosen, writable_folder(out), run)
+        shipped = _converted(Path(model.model), chosen, writable_folder(out))
+        _tell(_tuned(shipped, run) if tune_options else shipped, chosen, out, run)
         return
     network = _pruned(model, plan, run) if plan else model.load(run.seed)
-    folder = writable_folder(out)
+    folder, islands = writable_folder(out), ""
     with speaking(run) as say:
         if data.data is None:
             shipped = ship(fold(trace(network, model.example())), chosen, folder, say=say)
@@ -52,10 +62,23 @@ def export(
             examples = data.open(model, run)
             say("calibrating")
             part = examples.train.subset(min(calibration, len(examples.train)), seed=run.seed)
-            capture, left = quantized(network, model.example(), chosen, part)
-            proof = next(iter(examples.test.batches(PROOFS, limit=PROOFS)))[0]
+            if tune_options:
+                made = measured(network, model.example(), chosen, part, seed=run.seed)
+                capture, left, islands = made.capture, made.left, made.why
+            else:
+                capture, left = quantized(network, model.example(), chosen, part)
+            proof = next(iter(examples.test.batches(proofs, limit=proofs)))[0]
             shipped = ship(capture, chosen, folder, left=left, proof=proof, say=say)
-    _tell(shipped, chosen, folder, run)
+    _tell(_tuned(shipped, run, islands) if tune_options else shipped, chosen, folder, run)
+
+
+def _tuned(shipped: Shipped, run: RunOptions, islands: str = "") -> Shipped:
+    """Choose how the file is opened, and write it into the snippet."""
+    example = np.zeros(open_onnx(shipped.path).shape, dtype=np.float32)
+    found = tune(shipped.path, example, threads=run.threads, seed=run.seed)
+    text = snippet(found.options).format(file=shipped.path.name, shape=tuple(example.shape))
+    said = {**asdict(found.options), "why": found.why, "p50_ms": found.p50_ms, "islands": islands}
+    return replace(shipped, snippet=text, options=said)
 
 
 def check(
@@ -66,8 +89,6 @@ def check(
     """Say what would go wrong with FILE in a runtime, where, and how to mend it."""
     chosen = target(target_name)
     _fits(file, chosen)
-    if file.suffix not in ("", ".onnx"):
-        raise InputError(f"{file}: {file.suffix} files are not read yet; check the ONNX file of the same model")
     findings = chosen.check(file)
     if run.json:
         print(json.dumps([asdict(item) for item in findings], indent=1))
@@ -77,12 +98,10 @@ def check(
 
 def _fits(file: Path, chosen: Target) -> None:
     """Refuse an artifact of another target."""
-    if not file.exists():
-        raise InputError(f"{file}: no such file or folder")
+    guess = runtime_of(file)
     if file.suffix not in (chosen.suffix, ".onnx" if chosen.convert and chosen.suffix else chosen.suffix):
-        guess = SUFFIXES.get(file.suffix if file.is_file() else "")
-        hint = f"; this looks like one of {guess}" if guess else ""
-        raise InputError(f"{file}: {chosen.name} takes {chosen.suffix or 'a model folder'}{hint}")
+        kind = chosen.suffix or "a model folder"
+        raise InputError(f"{file}: {chosen.name} takes {kind}; this looks like one of {guess}")
 
 
 def _pruned(model: ModelOptions, plan: Path, run: RunOptions) -> nn.Module:
@@ -96,7 +115,7 @@ def _pruned(model: ModelOptions, plan: Path, run: RunOptions) -> nn.Module:
     return made.eval()
 
 
-def _convert(folder: Path, chosen: Target, out: Path, run: RunOptions) -> None:
+def _converted(folder: Path, chosen: Target, out: Path) -> Shipped:
     """Write the model of a folder for a target that takes ONNX with the same rules."""
     source = folder / "model.onnx"
     if not source.is_file():
@@ -107,10 +126,20 @@ def _convert(folder: Path, chosen: Target, out: Path, run: RunOptions) -> None:
             f"give the model: kompakt export MODEL --plan {folder}/plan.json --weights {folder}/pruned.safetensors"
         )
     path = chosen.convert(source, out / f"model{chosen.suffix}")
-    shipped = Shipped(
-        path=path, size_bytes=size_bytes(path), parity=None, findings=chosen.check(path), left=(), snippet=""
+    return Shipped(
+        path=path,
+        size_bytes=size_bytes(path),
+        parity=None,
+        departure=Departure(),
+        findings=chosen.check(path),
+        left=(),
+        snippet=_shown(chosen, path),
     )
-    _tell(shipped, chosen, out, run)
+
+
+def _shown(chosen: Target, path: Path) -> str:
+    """Return how to run an artifact that was converted."""
+    return chosen.snippet.format(file=path.name, shape=chosen.open(path, 1).shape)
 
 
 def _tell(shipped: Shipped, chosen: Target, out: Path, run: RunOptions) -> None:
@@ -120,9 +149,12 @@ def _tell(shipped: Shipped, chosen: Target, out: Path, run: RunOptions) -> None:
         "file": shipped.path.name,
         "size_bytes": shipped.size_bytes,
         "parity": shipped.parity.model_dump() if shipped.parity else None,
+        "departs": shipped.departure.first,
+        "layers": [asdict(item) for item in shipped.departure.layers],
         "findings": [asdict(item) for item in shipped.findings],
         "left_alone": [asdict(item) for item in shipped.left],
         "snippet": shipped.snippet,
+        "options": shipped.options,
         "note": chosen.note,
     }
     text = json.dumps(found, indent=1)
@@ -137,6 +169,12 @@ def _tell(shipped: Shipped, chosen: Target, out: Path, run: RunOptions) -> None:
                 f"simulated against {chosen.name}: top-1 agrees on {seen.top1_agreement:.2%} of {seen.examples}, "
                 f"SQNR {seen.sqnr_db:.1f} dB, max {seen.max_abs_error:.3g}"
             )
+        if shipped.options:
+            if shipped.options["islands"]:
+                typer.echo(f"layers: {shipped.options['islands']}")
+            typer.echo(f"options: {shipped.options['why']}; export.json shows how to open the file so")
+        if shipped.departure.first:
+            typer.echo(f"parity: {shipped.departure.first} is the first layer that departs from what was simulated")
         if chosen.note:
             typer.echo(chosen.note)
         _list(shipped.findings, chosen)

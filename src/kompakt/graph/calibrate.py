@@ -1,14 +1,14 @@
 """Run the captured model on data and keep what quantizers need to know of its activations."""
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
 
 from kompakt.errors import InputError, ModelError
 from kompakt.graph.trace import Capture
-from kompakt.numerics.ranges import Histogram, update
+from kompakt.numerics.ranges import Histogram, merge, update
 
 SAMPLE = 1 << 10
 """Values of one tensor that enter its histogram for each example; the extremes always do."""
@@ -53,6 +53,19 @@ def calibrate(capture: Capture, batches: Iterable[Tensor], names: Collection[str
         raise InputError("calibration: the data gave no batch; expected at least one")
     means = {name: total / watch.counts[name] for name, total in watch.sums.items()}
     return Stats(histograms=watch.histograms, means=means, examples=watch.examples)
+
+
+def pool(stats: Stats, shares: Mapping[str, str]) -> Stats:
+    """Add the values of ops to the histograms of those whose range they share.
+
+    Args:
+        stats: facts about the activations.
+        shares: op → the owner of its range.
+    """
+    histograms = dict(stats.histograms)
+    for name, owner in shares.items():
+        histograms[owner] = merge(histograms[owner], stats.histograms[name])
+    return replace(stats, histograms=histograms)
 
 
 def _piece(capture: Capture, batch: Tensor) -> int:

@@ -38,7 +38,7 @@ class Judge:
 
     def score(self, path: Path, split: Split, tick: Callable[[int], None] = lambda done: None) -> Score:
         """Score the file at ``path`` on every example of ``split``."""
-        return score(self.target.open(path, self.threads), _arrays(split, tick), self.metric)
+        return score(self.target.open(path, self.threads), arrays(split, tick), self.metric)
 
     def times(self, paths: dict[str, Path], example: np.ndarray) -> dict[str, Times]:
         """Time files interleaved on one example; the first is the baseline."""
@@ -68,7 +68,8 @@ def measurement(name: str, path: Path, found: Score, times: Times | None, *, mac
     )
 
 
-def _arrays(split: Split, tick: Callable[[int], None]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def arrays(split: Split, tick: Callable[[int], None] = lambda done: None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the examples of a split in batches, inputs and labels; ``tick`` is told how many are done."""
     done = 0
     for inputs, labels in split.batches(BATCH):
         yield inputs.numpy(), labels.numpy()

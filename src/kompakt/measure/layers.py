@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from kompakt.artifact.onnx import open_onnx
+from kompakt.artifact.targets.openvino import open_openvino
 from kompakt.build.layers import Codebook, Quantizer
 from kompakt.build.quantize import codebooks, quantizers
 from kompakt.graph.trace import Capture, attribute
@@ -87,6 +88,21 @@ def node_times(path: str | Path, batch: np.ndarray, *, runs: int = 10, threads: 
         key = _NODE.sub(r"\1", name)
         found[key] = found.get(key, 0.0) + milliseconds
     return found
+
+
+def openvino_times(path: str | Path, batch: np.ndarray, *, runs: int = 10, threads: int = 1) -> dict[str, float]:
+    """Time each node of an artifact in OpenVINO, in milliseconds an inference, by the name that OpenVINO gives it."""
+    runtime = open_openvino(path, threads, profile=True)
+    found: dict[str, float] = {}
+    for _ in range(runs):
+        runtime(batch)
+        for item in runtime.request.get_profiling_info():
+            found[item.node_name] = found.get(item.node_name, 0.0) + item.real_time.total_seconds() * 1000 / runs
+    return {name: milliseconds for name, milliseconds in found.items() if milliseconds}
+
+
+RUNTIME_TIMES = {"onnxruntime": node_times, "openvino": openvino_times}
+"""Runtime → what reads the times of its nodes; the others tell none through Python."""
 
 
 def _bits(made: Mapping[str, Quantizer], name: str | None) -> float:

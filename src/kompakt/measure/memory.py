@@ -1,4 +1,4 @@
-"""Peak memory that an ONNX artifact adds, measured in a process of its own.
+"""Peak memory that an artifact adds, measured in a process of its own.
 
 ``python -m kompakt.measure.memory FILE`` prints one line of JSON; ``peak_memory`` calls that.
 """
@@ -8,6 +8,9 @@ import json
 import subprocess
 import sys
 from argparse import ArgumentParser
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +20,37 @@ import psutil
 from kompakt.errors import InputError, KompaktError, ModelError
 
 RUNS = 3
+ONNXRUNTIME = "onnxruntime"
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def peak_memory(path: str | Path, threads: int = 1, timeout_s: float = 300.0) -> int:
-    """Measure the resident set that loading and running an ONNX file adds, in bytes.
+def peak_memory(
+    path: str | Path,
+    threads: int = 1,
+    timeout_s: float = 300.0,
+    *,
+    runtime: str = ONNXRUNTIME,
+    python: str = sys.executable,
+) -> int:
+    """Measure the resident set that loading and running an artifact adds, in bytes.
 
-    The file is loaded and run a few times by a new process; what that process held before it
-    opened the file (Python, ONNX Runtime itself) is subtracted from its peak.
+    The artifact is loaded and run a few times by a new process; what that process held before it
+    opened it (Python, the runtime itself) is subtracted from its peak.
 
     Args:
-        path: an ONNX file.
-        threads: of ONNX Runtime's intra-op pool.
+        path: the artifact.
+        threads: of the runtime.
         timeout_s: seconds to wait.
+        runtime: name of the target.
+        python: the interpreter that has the runtime.
 
     Raises:
         InputError: there is no such file.
-        ModelError: ONNX Runtime cannot load or run it, or it takes too long.
+        ModelError: the runtime cannot load or run it, or it takes too long.
     """
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise InputError(f"{path}: no such file")
-    command = [sys.executable, "-m", "kompakt.measure.memory", str(path), "--threads", str(threads)]
+    command = [python, "-m", "kompakt.measure.memory", str(path), "--threads", str(threads), "--runtime", runtime]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
     except subprocess.TimeoutExpired:
@@ -49,29 +62,54 @@ def peak_memory(path: str | Path, threads: int = 1, timeout_s: float = 300.0) ->
     raise ModelError(f"{path}: measuring its memory failed: {last}")
 
 
-def measure(path: str | Path, threads: int = 1) -> dict[str, int]:
-    """Load and run an ONNX file in THIS process; tell baseline, peak and their difference.
+def measure(path: str | Path, threads: int = 1, runtime: str = ONNXRUNTIME) -> dict[str, int]:
+    """Load and run an artifact in THIS process; tell baseline, peak and their difference.
 
     Raises:
-        ModelError: ONNX Runtime cannot load or run the file.
+        ModelError: the runtime cannot load or run it.
     """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    load = _onnx_session if runtime == ONNXRUNTIME else _opened(runtime)
     gc.collect()
     baseline = _restart_peak()
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        feeds = {one.name: _example(one.name, one.type, one.shape) for one in session.get_inputs()}
+        run = load(path, threads)
         for _ in range(RUNS):
-            session.run(None, feeds)
+            run()
     except KompaktError:
         raise
     except Exception as error:  # ONNX Runtime's errors have no root class of their own
         raise ModelError(f"{path}: {str(error).splitlines()[0]}") from None
     peak = _peak()
     return {"baseline_bytes": baseline, "peak_bytes": peak, "added_bytes": max(0, peak - baseline)}
+
+
+Load = Callable[[str | Path, int], Callable[[], object]]
+
+
+def _onnx_session(path: str | Path, threads: int) -> Callable[[], object]:
+    """Open an ONNX file, without what torch would add to the process."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    feeds = {one.name: _example(one.name, one.type, one.shape) for one in session.get_inputs()}
+    return partial(session.run, None, feeds)
+
+
+def _opened(name: str) -> Load:
+    """Import a runtime now, so that it counts as what was there before; return what opens an artifact in it."""
+    from kompakt.artifact.targets import target
+
+    chosen = target(name)
+    for module in chosen.modules:
+        import_module(module)
+
+    def load(path: str | Path, threads: int) -> Callable[[], object]:
+        opened = chosen.open(path, threads)
+        return partial(opened, np.zeros(opened.shape, dtype=np.float32))
+
+    return load
 
 
 def _example(name: str, kind: str, shape: list[Any]) -> np.ndarray:
@@ -125,9 +163,10 @@ def main() -> int:
     parser = ArgumentParser(prog="python -m kompakt.measure.memory")
     parser.add_argument("file", type=Path)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--runtime", default=ONNXRUNTIME)
     arguments = parser.parse_args()
     try:
-        print(json.dumps(measure(arguments.file, arguments.threads)))
+        print(json.dumps(measure(arguments.file, arguments.threads, arguments.runtime)))
     except KompaktError as error:
         print(error, file=sys.stderr)
         return 2

@@ -27,6 +27,7 @@ class Rules:
         joins: ops of several inputs with an integer kernel.
         pools: ops that average, with an integer kernel.
         clamps: ops that follow a layer and become part of its output's clamp.
+        one_grid: joins and pools whose kernel wants inputs and output on the same grid.
     """
 
     target: str
@@ -38,6 +39,7 @@ class Rules:
     joins: frozenset[str] = frozenset({"add", "cat", "mul"})
     pools: frozenset[str] = frozenset({"adaptive_avg_pool2d", "avg_pool2d", "mean"})
     clamps: frozenset[str] = frozenset({"relu", "relu6", "hardtanh"})
+    one_grid: frozenset[str] = frozenset()
 
 
 ONNXRUNTIME = Rules(
@@ -97,7 +99,33 @@ def placed(graph: Graph, rules: Rules, keep: frozenset[str] = frozenset()) -> di
                 marked.add(clamped(graph, rules, op).name)
         elif op.name in wanted and (op.kind in rules.joins or _pools(graph, rules, op)):
             marked.update((*data_inputs(graph, op), clamped(graph, rules, op).name))
-    return _with_sources(graph, marked)
+    sites = _with_sources(graph, marked)
+    for one, other in _ties(graph, rules, sites):
+        owner, goal = range_owner(sites, one), range_owner(sites, other)
+        if owner != goal:
+            sites[owner] = goal
+    return sites
+
+
+def pooled(graph: Graph, rules: Rules, sites: Mapping[str, str | None]) -> dict[str, str]:
+    """Tell whose values a shared range must hold besides its owner's.
+
+    Args:
+        graph: a folded graph.
+        rules: the target's.
+        sites: as ``placed`` returns them.
+
+    Returns:
+        Name of op → the op whose range it shares, for those that an op of ``one_grid`` reads or makes.
+    """
+    tied = dict.fromkeys(name for pair in _ties(graph, rules, sites) for name in pair)
+    return {name: owner for name in tied if (owner := range_owner(sites, name)) != name}
+
+
+def _ties(graph: Graph, rules: Rules, sites: Mapping[str, str | None]) -> list[tuple[str, str]]:
+    """Pair each input of an op of ``one_grid`` with the op."""
+    ops = [op for op in graph.ops if op.kind in rules.one_grid and op.name in sites]
+    return [(name, op.name) for op in ops for name in data_inputs(graph, op) if name in sites]
 
 
 def range_owner(sites: Mapping[str, str | None], name: str) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from kompakt.artifact.decomposed import to_decomposed
+from kompakt.artifact.lint import Finding
 from kompakt.artifact.targets.target import Target
 from kompakt.errors import FormatError, ModelError
 from kompakt.files import atomic_write
@@ -25,8 +26,12 @@ RULES = replace(
     weight_depthwise=_WEIGHT,
     activation=QuantSpec(bits=8, signed=True, symmetric=False),
     needs_output=frozenset({"conv2d", "linear"}),
+    one_grid=frozenset({"cat"}),
 )
-"""s8 activations with a zero point, s8 weights by channel; XNNPACK sums in int32: all 8 bits are used."""
+"""s8 activations with a zero point, s8 weights by channel; XNNPACK sums in int32: all 8 bits are used.
+
+XNNPACK's concatenation copies bytes: what it joins must lie on one grid.
+"""
 
 SNIPPET = """\
 import torch
@@ -45,6 +50,11 @@ class Program:
 
     method: Any
     program: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of an input."""
+        return tuple(self.method.metadata.input_tensor_meta(0).sizes())
 
     def __call__(self, batch: np.ndarray) -> np.ndarray:
         """Run a batch, one example after the other."""
@@ -87,12 +97,31 @@ def open_executorch(path: str | Path, threads: int = 1) -> Program:
         raise FormatError(f"{path}: ExecuTorch cannot open it: {str(error).splitlines()[0][:200]}") from None
 
 
+def check(path: Path) -> tuple[Finding, ...]:
+    """Find what was left to the portable kernels, which are slow, and in float."""
+    from executorch.exir._serialize._program import deserialize_pte_binary
+
+    open_executorch(path)  # says in one line what is not a program
+    plan = deserialize_pte_binary(path.read_bytes()).program.execution_plan[0]
+    what = "is left to a portable kernel, outside XNNPACK"
+    mend = "quantize its inputs and output, or replace it by an operator that XNNPACK has; then export again"
+    return tuple(
+        Finding(where=item.name, what=what, mend=mend, rule="float")
+        for item in plan.operators
+        if not any(word in item.name for word in _BOUNDARY)
+    )
+
+
+_BOUNDARY = ("quantize", "view_copy", "clone", "_copy", "permute", "to_dim_order")
+"""Operators that stand at the edges of what XNNPACK runs, or only move values."""
+
 TARGET = Target(
     rules=RULES,
     suffix=".pte",
     export=export,
     open=open_executorch,
     snippet=SNIPPET,
+    check=check,
     extra="executorch",
     modules=("executorch",),
     note="a .pte is for batches of one; its threads are the library's own",

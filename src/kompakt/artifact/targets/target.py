@@ -17,6 +17,10 @@ from kompakt.plan.rules import Rules
 class Runtime(Protocol):
     """An open artifact: a batch of inputs → the first output."""
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of an input as the file declares it; sizes that it leaves open are 1."""
+
     def __call__(self, batch: np.ndarray) -> np.ndarray:
         """Run one batch."""
 
@@ -26,6 +30,15 @@ class Export(Protocol):
 
     def __call__(self, capture: Capture, path: str | Path, *, metadata: Mapping[str, str]) -> Path:
         """Write the file or folder and return its path."""
+
+
+class Inside(Protocol):
+    """Shows the values inside an artifact while it runs."""
+
+    def __call__(
+        self, path: Path, inputs: np.ndarray, grids: Mapping[str, tuple[float, int]]
+    ) -> Mapping[str, np.ndarray]:
+        """Run a batch; op → its rounded output, for those of ``grids`` (scale and zero point) that can be seen."""
 
 
 def no_checks(path: Path) -> tuple[Finding, ...]:
@@ -44,6 +57,7 @@ class Target:
         open: opens an artifact with a number of threads.
         snippet: how to run the artifact, with fields ``file`` and ``shape``.
         check: reads off a file what would go wrong in this runtime.
+        inside: shows the values inside an artifact, where the runtime can.
         convert: writes the artifact from an ONNX file of kompakt's, where the target takes one.
         extra: the extra of kompakt that installs what it needs; empty where nothing is needed.
         modules: the modules that the extra must bring.
@@ -56,6 +70,7 @@ class Target:
     open: Callable[[str | Path, int], Runtime]
     snippet: str
     check: Callable[[Path], tuple[Finding, ...]] = no_checks
+    inside: Inside | None = None
     convert: Callable[[Path, Path], Path] | None = None
     extra: str = ""
     modules: tuple[str, ...] = ()

@@ -11,8 +11,9 @@ from types import MappingProxyType
 
 import onnx
 
+from kompakt.artifact.inside import onnx_inside_as_written
 from kompakt.artifact.lint import check_tensorrt
-from kompakt.artifact.onnx import Runtime, export_onnx, open_onnx
+from kompakt.artifact.onnx import Options, Runtime, export_onnx, open_onnx
 from kompakt.artifact.stored import float_biases
 from kompakt.artifact.targets.target import Target
 from kompakt.files import atomic_path
@@ -60,7 +61,7 @@ def export(capture: Capture, path: str | Path, *, metadata: Mapping[str, str] = 
 
 def open_reference(path: str | Path, threads: int = 1) -> Runtime:
     """Open the file in ONNX Runtime, every operator as it is written: the numbers, not the speed."""
-    return open_onnx(path, threads, optimize=False)
+    return open_onnx(path, options=Options(threads=threads, level="disabled"))
 
 
 TARGET = Target(
@@ -70,5 +71,6 @@ TARGET = Target(
     open=open_reference,
     snippet=SNIPPET,
     check=check_tensorrt,
+    inside=onnx_inside_as_written,
     note="no TensorRT engine is built here; checked by TensorRT's rules and by ONNX Runtime unoptimised, not timed",
 )

@@ -10,6 +10,7 @@ from types import MappingProxyType
 import numpy as np
 import onnx
 
+from kompakt.artifact.inside import onnx_inside
 from kompakt.artifact.lint import Finding, check_onnxruntime
 from kompakt.artifact.onnx import Runtime, export_onnx, open_onnx
 from kompakt.artifact.targets.target import Target
@@ -119,6 +120,11 @@ def check(path: Path) -> tuple[Finding, ...]:
     return check_onnxruntime(path / FILE)
 
 
+def inside(path: Path, inputs: np.ndarray, grids: Mapping[str, tuple[float, int]]) -> dict[str, np.ndarray]:
+    """Show the values inside the model."""
+    return onnx_inside(path / FILE, inputs, grids)
+
+
 TARGET = Target(
     rules=replace(ONNXRUNTIME, target="triton"),
     suffix="",
@@ -126,5 +132,6 @@ TARGET = Target(
     open=open_triton,
     snippet=SNIPPET,
     check=check,
+    inside=inside,
     convert=convert,
 )
