@@ -177,7 +177,7 @@ def _panel(shift: int, points: list[tuple[float, dict[str, Any]]], most: float, 
     lines.append(
         f'<line x1="{left}" x2="{right}" y1="{edge:.1f}" y2="{edge:.1f}" stroke="{RED}" stroke-dasharray="4"/>'
     )
-    lines.append(f'<text x="{left + 4}" y="{edge - 4:.1f}" fill="{RED}">budget: {limit:g} points</text>')
+    lines.append(f'<text x="{left + 4}" y="{edge - 4:.1f}" fill="{RED}">budget: {limit:g}</text>')
     for value, item in sorted(points, key=lambda pair: pair[1]["chosen"]):
         x, y = place(value, item["drop_points"])
         color, size = (BLUE if item["front"] or item["chosen"] else GREY), (7 if item["chosen"] else 4)
