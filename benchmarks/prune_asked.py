@@ -54,6 +54,9 @@ def asked(cells: Cells) -> list[str]:
         rows.append(("the same: no worse than torch-pruning", _beside(cells, model, ratio), how))
     what = f"resnet18 at 224: latency ratio ≥ {LATENCY_SHARE} of the MAC ratio"
     rows.append((what, _latency(cells), "--only latency"))
+    rows.append(
+        ("2:4 on the sparse tensor cores of an NVIDIA GPU, measured", _semi_sparse(cells), "--only semi-sparse")
+    )
     lines = ["| asked | state | command |", "| --- | --- | --- |"]
     return [*lines, *(f"| {what} | {state} | `{RUN} {how}` |" for what, state, how in rows)]
 
@@ -104,6 +107,13 @@ def _beside(cells: Cells, model: str, ratio: float) -> str:
         return "not measured"
     word = "yes" if ours <= theirs else "no"
     return f"{word}: {ours:.2f} points against {theirs:.2f} ({len(mine)} and {len(other)} seeds)"
+
+
+def _semi_sparse(cells: Cells) -> str:
+    found = cells.find(part="semi-sparse")
+    if not found:
+        return "not measured: no machine with such a GPU was at hand"
+    return ", ".join(f"{cell['key']['model']} {cell['times_faster']:.2f}× faster ({cell['device']})" for cell in found)
 
 
 def _latency(cells: Cells) -> str:

@@ -110,6 +110,8 @@ def _tuned(cells: Cells, model: str) -> list[str]:
             f"| {size(ratio)} | {tool} | {epochs} | {rate:g} | {'yes' if taught else 'no'} | {len(group)} "
             f"| {found:.2f} ({each}) | {100 * level - found:.2f} | {faster:.2f} | {threads} |"
         )
+    if not any(cell["key"].get("distill") for cell in rows):
+        lines += ["", "Not run yet: training taught by the original, which `--only tuned` does by default."]
     return [
         *lines,
         "",
