@@ -77,7 +77,8 @@ def verify(job: Job, original: Original, number: int, choice: Choice) -> Tried:
     atomic_write(part / "plan.json", chosen.plan.to_json().encode())
     atomic_write(part / "recipe.toml", recipe.to_toml().encode())
     atomic_write(part / PAPER, found.model_dump_json(indent=1).encode())
-    shutil.rmtree(folder, ignore_errors=True)
+    for needless in (folder, part / "checkpoints"):
+        shutil.rmtree(needless, ignore_errors=True)
     part.replace(folder)
     return found
 

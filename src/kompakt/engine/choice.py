@@ -50,7 +50,9 @@ class Choice:
         quantize = base.quantize or QuantizeSection()
         if self.rate:
             quantize = quantize.model_copy(update={"rate": self.rate})
-        finetune: FinetuneSection = base.finetune.model_copy(update={"epochs": self.epochs})
+        finetune: FinetuneSection = base.finetune.model_copy(
+            update={"epochs": self.epochs, "checkpoint": self.epochs > 0}
+        )
         budget = base.budget if self.step_back else BudgetSection()
         made = {"prune": prune, "quantize": quantize, "finetune": finetune, "budget": budget}
         return base.model_copy(update=made)
