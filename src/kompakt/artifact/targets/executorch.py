@@ -68,12 +68,12 @@ def export(capture: Capture, path: str | Path, *, metadata: Mapping[str, str] = 
     Raises:
         ModelError: an operator has no form in ExecuTorch.
     """
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import to_edge_transform_and_lower
-
     one = tuple(x[:1].contiguous() for x in capture.example)
     try:
         with quiet_torch():
+            from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+            from executorch.exir import to_edge_transform_and_lower
+
             program = torch.export.export(to_decomposed(capture), one, strict=False)
             lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch()
     except Exception as error:
@@ -88,7 +88,8 @@ def open_executorch(path: str | Path, threads: int = 1) -> Program:
     Raises:
         FormatError: it is missing, truncated, or something else.
     """
-    from executorch.runtime import Runtime
+    with quiet_torch():
+        from executorch.runtime import Runtime
 
     try:
         program = Runtime.get().load_program(Path(path).read_bytes())
@@ -99,9 +100,9 @@ def open_executorch(path: str | Path, threads: int = 1) -> Program:
 
 def check(path: Path) -> tuple[Finding, ...]:
     """Find what was left to the portable kernels, which are slow, and in float."""
-    from executorch.exir._serialize._program import deserialize_pte_binary
-
     open_executorch(path)  # says in one line what is not a program
+    with quiet_torch():
+        from executorch.exir._serialize._program import deserialize_pte_binary
     plan = deserialize_pte_binary(path.read_bytes()).program.execution_plan[0]
     what = "is left to a portable kernel, outside XNNPACK"
     mend = "quantize its inputs and output, or replace it by an operator that XNNPACK has; then export again"

@@ -66,8 +66,9 @@ def export(capture: Capture, path: str | Path, *, metadata: Mapping[str, str] = 
     Raises:
         ModelError: the compiler is missing, or an operator has no form.
     """
-    import torch._inductor.config
-    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer  # noqa: F401  registers integer kernels
+    with quiet_torch():
+        import torch._inductor.config
+        from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer  # noqa: F401  registers integer kernels
 
     whole = to_decomposed(capture) if quantizers(capture.module) else capture.module
     dynamic = tuple({0: torch.export.Dim.AUTO} if x.ndim and x.shape[0] > 1 else None for x in capture.example)
