@@ -7,6 +7,7 @@ writes docs/federated.md from them. Where NNCodec is installed, its cells are me
 """
 
 import argparse
+import importlib.util
 import json
 import time
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 from benchmarks.federated_coders import DOWN, MAKERS, State
 from benchmarks.federated_data import SETTINGS, Setting, Subject, load_subject, partition, start_of
 from benchmarks.federated_page import write_page
+from benchmarks.federated_same import same_updates
 from kompakt.federated.average import average_states, rebase
 from kompakt.federated.broadcast import Broadcast
 
@@ -100,11 +102,21 @@ def run(network: str, folder: str, coders: Sequence[str], seeds: Sequence[int]) 
             file.write(json.dumps(cell) + "\n")
 
 
+def compare(network: str, folder: str) -> None:
+    """The same updates under both coders, once."""
+    path = RESULTS / "same-updates.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    if network not in found:
+        found[network] = same_updates(load_subject(network, folder), SETTINGS[network], train)
+        path.write_text(json.dumps(found, indent=1) + "\n")
+
+
 def main() -> None:
     """Measure what is missing and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--long", action="store_true", help="ResNet-20 on CIFAR-10 too")
     parser.add_argument("--page", action="store_true", help="only write docs/federated.md")
+    parser.add_argument("--same", action="store_true", help="only the same updates under both coders")
     parser.add_argument("--mnist", default="/tmp/mnist")
     parser.add_argument("--cifar", default="/tmp/data")
     parser.add_argument("--networks", nargs="+", default=None, choices=list(SETTINGS))
@@ -116,6 +128,10 @@ def main() -> None:
     chosen = arguments.networks or ["lenet5", "bnnet", *(["resnet20"] if arguments.long else [])]
     for network in [] if arguments.page else chosen:
         long = network == "resnet20"
+        if importlib.util.find_spec("nncodec"):
+            compare(network, arguments.cifar if long else arguments.mnist)
+        if arguments.same:
+            continue
         seeds = arguments.seeds or ([0] if long else [0, 1, 2])
         run(network, arguments.cifar if long else arguments.mnist, arguments.coders, seeds)
     write_page(RESULTS, ROOT / "docs")

@@ -50,8 +50,12 @@ def eight_bits(new: State, base: State, seed: int) -> tuple[int, float, State]:
 class Ours:
     """kompakt's coder with a client's feedback."""
 
-    def __init__(self, spec: UpdateSpec) -> None:
-        self._spec, self._feedback = spec, Feedback()
+    def __init__(self, spec: UpdateSpec, feedback: Feedback | None = None) -> None:
+        self._spec, self._feedback = spec, feedback or Feedback()
+
+    def forgotten(self) -> "Ours":
+        """The same coder without its residual."""
+        return Ours(self._spec, Feedback(rate=self._feedback.rate))
 
     def __call__(self, new: State, base: State, seed: int) -> tuple[int, float, State]:
         """Code, and decode as the server does."""
@@ -67,10 +71,11 @@ class NNCodec:
 
     Args:
         step: its ``qp``; its federated default is -26.
+        sparse: sparsify as its federated coder does; without, only the quantizer and coder of it.
     """
 
-    def __init__(self, step: int) -> None:
-        self._step, self._residual = step, dict[str, np.ndarray]()
+    def __init__(self, step: int, *, sparse: bool = True) -> None:
+        self._step, self._sparse, self._residual = step, sparse, dict[str, np.ndarray]()
 
     def __call__(self, new: State, base: State, seed: int) -> tuple[int, float, State]:
         """Code and decode; tensors without dimensions travel beside, as in its own client."""
@@ -83,9 +88,10 @@ class NNCodec:
         change = {name: value + self._residual.get(name, np.float32(0)) for name, value in change.items()}
         copied = {name: value.copy() for name, value in change.items()}
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-            sparse = apply_unstruct_spars_v2(self._step, copied, target_sparsity=0.6, qp_density=np.int32(2))
-            sparse = apply_struct_spars_v2(sparse, gain=0.9)
-            data = nnc.compress(sparse, bitstream_path=str(Path(folder) / "update.nnc"), qp=self._step, use_dq=True,
+            if self._sparse:
+                copied = apply_unstruct_spars_v2(self._step, copied, target_sparsity=0.6, qp_density=np.int32(2))
+                copied = apply_struct_spars_v2(copied, gain=0.9)
+            data = nnc.compress(copied, bitstream_path=str(Path(folder) / "update.nnc"), qp=self._step, use_dq=True,
                                 row_skipping=True, return_bitstream=True)  # fmt: skip
             took = time.process_time() - begun
             found = nnc.decompress(bytearray(data))

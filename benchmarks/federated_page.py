@@ -26,7 +26,29 @@ def write_page(results: Path, docs: Path) -> None:
             picture = f"federated-{path.stem}-{kind}.svg"
             (docs / picture).write_text(_curves(path.stem, kind, mine))
             parts += [*_table(kind, mine), "", f"![accuracy by round]({picture})\n"]
+    if (results / "same-updates.json").exists():
+        parts += _same(json.loads((results / "same-updates.json").read_text()))
     (docs / "federated.md").write_text("\n".join([*parts, method]))
+
+
+def _same(found: dict[str, list[Cell]]) -> list[str]:
+    rows = [
+        "\n## The same updates under both coders\n",
+        "The first update of one client (600 images), no feedback; NNCodec without its sparsification, kompakt at",
+        "the bytes that NNCodec takes at a `qp`. Lost is the length of what the weights' update lost, over the update's;",
+        "encoding is over one epoch of local training.\n",
+        "| network | `qp` | bytes: NNCodec | kompakt | lost: NNCodec | kompakt | encoding: NNCodec | kompakt |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for network, cells in found.items():
+        for cell in cells:
+            theirs, ours = cell["NNCodec"], cell["kompakt"]
+            shares = [100 * one["encode_s"] / cell["train_s"] for one in (theirs, ours)]
+            rows.append(
+                f"| {network} | {cell['step']} | {theirs['bytes']:,} | {ours['bytes']:,} | {theirs['lost']:.3f} "
+                f"| {ours['lost']:.3f} | {shares[0]:.1f} % | {shares[1]:.1f} % |"
+            )
+    return rows
 
 
 def _table(kind: str, cells: list[Cell]) -> list[str]:

@@ -267,3 +267,22 @@ def test_the_downlink_loses_nothing_without_feedback() -> None:
 def test_a_spec_out_of_range_is_one_line(knobs: dict[str, object]) -> None:
     with pytest.raises(InputError, match=next(iter(knobs))):
         UpdateSpec(**knobs)  # type: ignore[arg-type]
+
+
+def test_a_ratio_warms_up_by_rounds() -> None:
+    spec = UpdateSpec(ratio=160, warm_up=4)
+    found = [spec.at(number).ratio for number in range(1, 7)]
+    assert found == pytest.approx([40, 40 * 2**0.5, 80, 80 * 2**0.5, 160, 160])
+    assert UpdateSpec(ratio=2, warm_up=3).at(1).ratio == 1
+    assert UpdateSpec(ratio=None, warm_up=3).at(1).ratio is None
+
+
+def test_the_rate_of_the_last_message_keeps_the_ratio_of_the_next() -> None:
+    base, new = trained()
+    feedback = Feedback()
+    encode_update(new, base, feedback=feedback)
+    rate = feedback.rate
+    assert 0.5 < rate < 2
+    feedback.residual = {}
+    size = len(encode_update(new, base, feedback=feedback))
+    assert size <= sum(t.numel() * t.element_size() for t in base.values()) / 100
