@@ -9,6 +9,7 @@ from kompakt.report.curves import Curve, curves_svg
 
 Cell = dict[str, Any]
 REFERENCE = "uncompressed"
+ASKED = {"fewer": 100, "points": 0.5, "share": 10}
 REMARKS = Path(__file__).with_name("federated_remarks.md")
 
 
@@ -35,7 +36,7 @@ def _same(found: dict[str, list[Cell]]) -> list[str]:
     rows = [
         "\n## The same updates under both coders\n",
         "The first update of one client (600 images), no feedback; NNCodec without its sparsification, kompakt at",
-        "the bytes that NNCodec takes at a `qp`. Lost is the length of what the weights' update lost, over the update's;",
+        "the bytes that NNCodec takes at a `qp`. Lost is the length of the error of the weights, over the update's;",
         "encoding is over one epoch of local training.\n",
         "| network | `qp` | bytes: NNCodec | kompakt | lost: NNCodec | kompakt | encoding: NNCodec | kompakt |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -57,19 +58,27 @@ def _table(kind: str, cells: list[Cell]) -> list[str]:
         "| coder | seeds | test, % | points below | bytes up | times fewer | bytes down | encoding / training |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
+    verdict = ""
     for coder, mine in _by_coder(cells).items():
         same = [c for c in cells if c["coder"] == REFERENCE and c["seed"] in {cell["seed"] for cell in mine}]
         drops = [next(c for c in same if c["seed"] == cell["seed"])["test"] - cell["test"] for cell in mine if same]
         up = [sum(map(sum, cell["up_bytes"])) for cell in mine]
-        floats = [sum(map(sum, cell["up_bytes"])) for cell in same]
+        fewer = sum(sum(map(sum, cell["up_bytes"])) for cell in same) / sum(up)
         down = statistics.mean(sum(cell["down_bytes"]) * len(cell["up_bytes"][0]) for cell in mine)
-        share = sum(cell["encode_s"] for cell in mine) / sum(cell["train_s"] for cell in mine)
+        share = 100 * sum(cell["encode_s"] for cell in mine) / sum(cell["train_s"] for cell in mine)
         rows.append(
             f"| {coder} | {len(mine)} | {_mean([c['test'] for c in mine])} | {_mean(drops)} "
-            f"| {statistics.mean(up):,.0f} | {sum(floats) / sum(up) if floats else 0:.1f} "
-            f"| {down:,.0f} | {100 * share:.0f} % |"
+            f"| {statistics.mean(up):,.0f} | {fewer:.1f} | {down:,.0f} | {share:.0f} % |"
         )
-    return rows
+        if coder == "kompakt" and drops:
+            right = fewer >= ASKED["fewer"] and statistics.mean(drops) <= ASKED["points"]
+            quick = share <= ASKED["share"]
+            verdict = (
+                f"\nAsked: {ASKED['fewer']}× fewer bytes up at {ASKED['points']} points or less: "
+                f"{'reached' if right else 'missed'}. Encoding within {ASKED['share']} % of training: "
+                f"{'reached' if quick else 'missed, with so little local training'}."
+            )
+    return [*rows, verdict]
 
 
 def _mean(values: list[float]) -> str:
