@@ -5,6 +5,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from benchmarks.federated_data import SETTINGS
 from kompakt.report.curves import Curve, curves_svg
 
 Cell = dict[str, Any]
@@ -17,9 +18,11 @@ def write_page(results: Path, docs: Path) -> None:
     """Write the page and one SVG a network and partition."""
     head, method = REMARKS.read_text().split("<!-- tables -->\n")
     parts = [head.rstrip()]
-    if not any(results.glob("*.jsonl")):
-        parts.append("\n## Figures\n\nNot run yet.\n")
-    for path in sorted(results.glob("*.jsonl")):
+    for network in SETTINGS:
+        path = results / f"{network}.jsonl"
+        if not path.exists():
+            parts.append(f"\n## {network}\n\nNot run yet.")
+            continue
         cells = [json.loads(line) for line in path.read_text().splitlines()]
         parts.append(f"\n## {path.stem}\n")
         for kind in dict.fromkeys(cell["partition"] for cell in cells):
