@@ -33,6 +33,36 @@ moment of the loss's gradient at the output
 channel (K-FAC's diagonal), so that one λ serves all layers and gives each channel its step. Steps keep 2 bits of
 mantissa, biases 6; biases are
 corrected. See `kompakt.numerics.rate_distortion`, `kompakt.build.rate`.
+
+## Training for rate
+
+`kompakt pack MODEL --data DIR --epochs 10 --rate 1e-6`, or `[finetune] rate = 1e-6` in a recipe, trains the weights as
+the integers that the file will hold (Oktay et al. 2020, arXiv 1906.06624; here the coder's own model is the one that is
+learned, fitted anew every 100 steps). The loss gains `rate · bits`; between integers the price runs straight, so that
+it has a slope. Training begins at the integers and steps that rate–distortion quantization chooses at the same price,
+carried back from the folded network to the user's own class. Each forward pass rounds by `argmin ½ (z − q)² + (ln 2 /
+12) · bits(q)`, `z` the weight in steps: what a bit is worth in squared steps follows from how steps are chosen.
+Gradients go straight through. It is one more term and one more hook of the one training loop, so teachers, pruned
+channels and masks of single weights go with it; a codebook does not. At the end weights lie on their grids, and what is
+exported from them keeps the integers (range `lattice`): `pack`, and `compress` with 8-bit activations too.
+See `kompakt.numerics.priced`, `kompakt.build.priced`; on MNIST, beside Deep Compression:
+[deep-compression.md](deep-compression.md).
+
+## Not reached
+
+- 30 % fewer bytes than NNCodec at equal accuracy: 33 % and 26 % at the two of its files that have a partner here
+  (ResNet-20). Its two most accurate files have none: smaller prices than 1.5e-8 were not measured, nor were qp −22 and
+  −20, ResNet-32, ResNet-18 and paired intervals; `python -m benchmarks.size` measures what is missing, and adds the
+  intervals where both cells say which images were right.
+- Decoding 10 times as fast as NNCodec. Small networks: 1.3–1.4 times on ResNet-20 above, and less than NNCodec's speed
+  at 3 bits a weight (`python -m benchmarks.coding`). A file of 90 kB can pay for 128 lanes, and at 128 lanes the seven
+  array operations of a symbol cost their call, about 0.7 µs each, and hardly their work. ResNet-18 (11.2 M weights, of
+  3.1 bits, about 1000 lanes): 26 ns a weight, 39 M a second, where NNCodec takes 46 ns at 1.4 bits, on one busy
+  machine, in turn. A little over half of it is the coder, a quarter contexts and prediction. Ten times as fast
+  would be 5 ns a weight, a few passes over the array: that needs several weights a symbol or compiled code, and was not
+  tried.
+- ResNet-32 ≤ 39 kB, ResNet-20 ≤ 23 kB, ResNet-18 ≤ 300 kB by training: not trained yet. `python -m benchmarks.size
+  --networks resnet20 --rate 1e-6 --epochs 8` does, and adds its cell to the table.
 """
 COLORS = {"kompakt": "#1f77b4", "NNCodec": "#d62728", "kompakt, trained": "#2ca02c"}
 

@@ -169,7 +169,7 @@ def main() -> None:
         for seed in range(arguments.seeds):
             for name in arguments.networks:
                 network(name, data, seed, cells)
-    write_page(cells, ROOT / "docs" / "deep-compression.md", MARGIN)
+    write_page(cells, ROOT / "docs" / "deep-compression.md", MARGIN, EPOCHS)
 
 
 if __name__ == "__main__":

@@ -20,17 +20,29 @@ behind it.
 The modern way trains for rate (`[finetune] rate`): integers at the prices of the coder. Of several prices of a bit the
 smallest file counts whose error on the 6,000 validation images rises by at most {margin} points; the test split decided
 nothing.
+
+Trainings are short, minutes on one core: {epochs}.
+Longer ones are a change of `EPOCHS` in the example.
 """
 
 
-def write_page(cells: list[dict[str, Any]], out: Path, margin: float) -> None:
+def write_page(cells: list[dict[str, Any]], out: Path, margin: float, epochs: dict[str, tuple[int, ...]]) -> None:
     """Write the tables of all networks that have cells."""
-    parts = [HEAD.format(margin=margin)]
+    parts = [HEAD.format(margin=margin, epochs=_told(epochs))]
     for name in PAPER:
         mine = sorted((cell for cell in cells if cell["network"] == name), key=lambda cell: cell["seed"])
         if mine:
             parts.append(_section(name, mine, margin))
     out.write_text("\n".join(parts))
+
+
+def _told(epochs: dict[str, tuple[int, ...]]) -> str:
+    """Say how long each network was trained."""
+    parts = [
+        f"{TITLES[name]} {a}, {b} after pruning, {c} of centroids, {d} for rate"
+        for name, (a, b, c, d) in epochs.items()
+    ]
+    return "; ".join(parts) + " (epochs)"
 
 
 def _section(name: str, cells: list[dict[str, Any]], margin: float) -> str:

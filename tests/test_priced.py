@@ -172,6 +172,23 @@ def test_training_for_rate_writes_its_integers_and_a_dearer_bit_takes_fewer_byte
     assert max(int(np.abs(a.astype(int)).max()) for a in codes) < 32
 
 
+def test_compressing_a_network_that_was_trained_for_rate_keeps_its_integers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, out = tmp_path / "r.toml", tmp_path / "out"
+    recipe.write_text("[finetune]\nepochs = 1\nrate = 1e-3\n")
+    words = ["tests.test_priced:net", "--data", "sklearn/digits", "--input-size", "8", "--recipe", str(recipe)]
+    monkeypatch.setattr(sys, "argv", ["kompakt", "compress", *words, "--out", str(out), "--quiet"])
+    with pytest.raises(SystemExit):
+        main()
+    with Reader(out / "model.kpk") as reader:
+        codes = [
+            a for name in reader.records for a in reader.parts(name).values() if a.dtype == np.int8 and a.size > 99
+        ]
+    assert len(codes) == 2
+    assert max(int(np.abs(a.astype(int)).max()) for a in codes) < 32
+
+
 def test_a_recipe_says_what_a_bit_is_worth() -> None:
     assert Recipe.from_toml("[finetune]\nepochs = 1\nrate = 1e-6").finetune.rate == 1e-6
     for text in ("[finetune]\nrate = 0", "[qat]\nrate = 1e-6"):
