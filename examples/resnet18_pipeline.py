@@ -4,7 +4,7 @@
 
 Every table of ``resnet18_pipeline.toml`` is a recipe and gives a folder below ``--out``. A stage whose ``result.json``
 is there is not run again, and a training that was stopped goes on from its checkpoint; ``--only`` runs some stages.
-At last every file is scored on the test split in ONNX Runtime, all are timed interleaved, and the page is written.
+Every stage scores its files on the test split in ONNX Runtime and times them interleaved; at last the page is written.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import torch
 import torchvision
 from torch import nn
 
-from examples.resnet18_table import measure, page
+from examples.resnet18_table import collect, page
 from kompakt import Recipe
 from kompakt.artifact.targets import target
 from kompakt.data import Data, open_data
@@ -87,6 +87,13 @@ def recipes(out: Path, smoke: bool) -> dict[str, Recipe]:
     return found
 
 
+def parts(asked: dict[str, Recipe]) -> str:
+    """Say which stages train on a part of the images."""
+    counts = {name: recipe.finetune.examples for name, recipe in asked.items() if recipe.finetune.examples}
+    told = ", ".join(f"{name} on {count:,}" for name, count in counts.items())
+    return f"Trained on a part of the training images: {told}." if told else ""
+
+
 def digits() -> Data:
     """Take a few of scikit-learn's digits, for a smoke test."""
     data = open_data("sklearn/digits", input_size=32, progress=False)
@@ -120,10 +127,11 @@ def main(arguments: list[str] | None = None) -> int:
     pipeline = Pipeline(
         model=original(given.weights), data=data, source=given.data or "digits", out=given.out, seconds=seconds
     )
-    for name, recipe in recipes(given.out, given.smoke).items():
-        if name in given.only:
-            pipeline.run(name, recipe)
-    text = page(measure(given.out, data, seconds), data.description)
+    asked = recipes(given.out, given.smoke)
+    for name in given.only:
+        pipeline.run(name, asked[name])
+    one = next(iter(data.test.batches(1, limit=1)))[0].numpy()
+    text = page(collect(given.out, one, seconds), data.description, parts(asked))
     (given.out / "pipeline.md").write_text(text)
     if given.page:
         given.page.write_text(text)

@@ -66,7 +66,8 @@ def tuned(
     for extra in more:
         extra.finish(model)
     said = taught_by(section, job.recipe.distill) if who else ""
-    did = f"{found.did}; trained for {section.epochs} epochs{said}".removeprefix("; ")
+    part = "" if section.examples is None else f" on {section.examples:,} examples"
+    did = f"{found.did}; trained for {section.epochs} epochs{part}{said}".removeprefix("; ")
     return dataclasses.replace(found, model=model.eval(), did=did)
 
 
