@@ -3,20 +3,20 @@
 from torch import Tensor, nn
 
 from kompakt.augment import crop_and_flip
-from kompakt.build.aware import aware, shipped, with_signs
+from kompakt.build.aware import Aware, aware, with_signs
 from kompakt.build.distill import Objective, Teacher
 from kompakt.build.train import Hooks, TrainSettings, shuffled, train
 from kompakt.errors import InputError
 from kompakt.graph.calibrate import Stats
-from kompakt.graph.trace import Capture, trace
+from kompakt.graph.trace import trace
 from kompakt.job import Job
 from kompakt.plan.plan import Plan
 from kompakt.plan.recipe import FinetuneSection
 from kompakt.teaching import objective, teachers
 
 
-def trained(job: Job, model: nn.Module, plan: Plan, stats: Stats) -> tuple[Capture, Capture, Plan]:
-    """Train a network under a plan and return what ships, the float capture below it, and the plan it carries out.
+def trained(job: Job, model: nn.Module, plan: Plan, stats: Stats) -> Aware:
+    """Train a network under a plan and return its trained form; ``build.aware.shipped`` makes of it what ships.
 
     Args:
         job: with ``[qat]`` epochs.
@@ -46,8 +46,7 @@ def trained(job: Job, model: nn.Module, plan: Plan, stats: Stats) -> tuple[Captu
     board = job.out / "tensorboard" if section.tensorboard else None
     hooks = Hooks(progress=job.progress, tensorboard=board)
     train(made.module, loader, settings, objective=goal, teachers=who, hooks=hooks)
-    ships, below = shipped(made, stats)
-    return ships, below, signed
+    return made
 
 
 def taught(

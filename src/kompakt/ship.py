@@ -19,6 +19,7 @@ from kompakt.graph.fold import fold
 from kompakt.graph.graph import Left
 from kompakt.graph.trace import Capture, trace
 from kompakt.measure.parity import compare
+from kompakt.measure.resources import Resources, resources
 from kompakt.measure.result import Parity
 from kompakt.measure.size import size_bytes
 from kompakt.methods.uniform import Knobs, uniform
@@ -39,6 +40,7 @@ class Shipped:
         findings: what the target's checks say of it.
         left: layers that stay float, with the reason.
         snippet: how to run it.
+        resources: what each layer asks of a chip.
     """
 
     path: Path
@@ -47,6 +49,7 @@ class Shipped:
     findings: tuple[Finding, ...]
     left: tuple[Left, ...]
     snippet: str
+    resources: tuple[Resources, ...] = ()
 
 
 def quantized(
@@ -61,7 +64,7 @@ def quantized(
         calibration: examples for the ranges.
         knobs: of the method.
     """
-    capture = fold(trace(model, example))
+    capture = target.prepare(fold(trace(model, example)))
     sites = placed(capture.graph, target.rules, knobs.keep)
     stats = calibrate(capture, (inputs for inputs, _ in calibration.batches(BATCH)), sites)
     plan, left = uniform(capture.graph, target.rules, knobs)
@@ -97,7 +100,13 @@ def ship(
     shape = tuple(capture.example[0][:1].shape)
     snippet = target.snippet.format(file=path.name, shape=shape)
     return Shipped(
-        path=path, size_bytes=size_bytes(path), parity=parity, findings=target.check(path), left=left, snippet=snippet
+        path=path,
+        size_bytes=size_bytes(path),
+        parity=parity,
+        findings=target.check(path),
+        left=left,
+        snippet=snippet,
+        resources=resources(capture),
     )
 
 

@@ -12,20 +12,22 @@ from torch import Tensor, nn
 from kompakt.artifact.lint import Finding
 from kompakt.artifact.targets import Target, target
 from kompakt.build.prune import apply_prune
-from kompakt.cli.options import ModelOptions, OptionalDataOptions, RunOptions
+from kompakt.cli.options import Bits, ModelOptions, OptionalDataOptions, RunOptions
 from kompakt.cli.voice import speaking
 from kompakt.errors import InputError
 from kompakt.files import atomic_write, writable_folder
 from kompakt.graph.fold import fold
 from kompakt.graph.trace import trace
+from kompakt.measure.resources import total
 from kompakt.measure.size import size_bytes
+from kompakt.methods.uniform import Knobs
 from kompakt.models import load_model, parse_arguments
 from kompakt.plan.plan import Plan
 from kompakt.report.numbers import bytes_text
 from kompakt.ship import PROOFS, Shipped, quantized, ship
 from kompakt.weights import load_weights
 
-To = Annotated[str, typer.Option("--to", help="onnxruntime, openvino, tensorrt, triton, executorch …")]
+To = Annotated[str, typer.Option("--to", help="onnxruntime, openvino, tensorrt, triton, executorch, qonnx, hls4ml …")]
 SUFFIXES = {".xml": "openvino", ".pte": "executorch", ".tflite": "litert", ".onnx": "onnxruntime", "": "triton"}
 
 
@@ -37,6 +39,9 @@ def export(
     run: RunOptions,
     plan: Annotated[Path | None, typer.Option(help="plan.json of a pruned model, whose --weights are given")] = None,
     calibration: Annotated[int, typer.Option(help="training examples to calibrate on", min=1)] = 512,
+    weight_bits: Annotated[int | None, Bits] = None,
+    activation_bits: Annotated[int | None, Bits] = None,
+    power_of_two: Annotated[bool, typer.Option("--power-of-two", help="scales 2^n, zero points 0")] = False,
 ) -> None:
     """Write MODEL (or a folder that compress wrote) for a runtime: float without --data, int8 with it."""
     chosen = target(to)
@@ -52,7 +57,8 @@ def export(
             examples = data.open(model, run)
             say("calibrating")
             part = examples.train.subset(min(calibration, len(examples.train)), seed=run.seed)
-            capture, left = quantized(network, model.example(), chosen, part)
+            asked = Knobs(weight_bits=weight_bits, activation_bits=activation_bits, power_of_two=power_of_two)
+            capture, left = quantized(network, model.example(), chosen, part, asked)
             proof = next(iter(examples.test.batches(PROOFS, limit=PROOFS)))[0]
             shipped = ship(capture, chosen, folder, left=left, proof=proof, say=say)
     _tell(shipped, chosen, folder, run)
@@ -124,6 +130,7 @@ def _tell(shipped: Shipped, chosen: Target, out: Path, run: RunOptions) -> None:
         "left_alone": [asdict(item) for item in shipped.left],
         "snippet": shipped.snippet,
         "note": chosen.note,
+        "resources": {"layers": [asdict(item) for item in shipped.resources], "all": asdict(total(shipped.resources))},
     }
     text = json.dumps(found, indent=1)
     atomic_write(out / "export.json", text.encode())
@@ -136,6 +143,12 @@ def _tell(shipped: Shipped, chosen: Target, out: Path, run: RunOptions) -> None:
             typer.echo(
                 f"simulated against {chosen.name}: top-1 agrees on {seen.top1_agreement:.2%} of {seen.examples}, "
                 f"SQNR {seen.sqnr_db:.1f} dB, max {seen.max_abs_error:.3g}"
+            )
+        if chosen.extra == "fpga":
+            need = total(shipped.resources)
+            typer.echo(
+                f"{need.multiplications:,} multiplications, {need.multipliers:,} weights of {need.memory_bits:,} bits: "
+                f"{need.bram18} blocks of 18 kbit; sums of up to {need.accumulator_bits} bits"
             )
         if chosen.note:
             typer.echo(chosen.note)

@@ -1,13 +1,13 @@
 """The runtimes that kompakt ships for: an explicit dict of ``Target``, one file each."""
 
-from kompakt.artifact.targets import executorch, onnxruntime, openvino, tensorrt, triton
+from kompakt.artifact.targets import executorch, hls4ml, onnxruntime, openvino, qonnx, tensorrt, triton
 from kompakt.artifact.targets.target import Export, Runtime, Target
 from kompakt.errors import InputError
 
 __all__ = ["TARGETS", "Export", "Runtime", "Target", "target"]
 
 TARGETS: dict[str, Target] = {
-    module.TARGET.name: module.TARGET for module in (onnxruntime, openvino, tensorrt, triton, executorch)
+    module.TARGET.name: module.TARGET for module in (onnxruntime, openvino, tensorrt, triton, executorch, qonnx, hls4ml)
 }
 
 
