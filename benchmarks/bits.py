@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import bits_mnist
 from benchmarks.bits_cells import RATE, Bench, ptq, qat
 from benchmarks.bits_table import PTQ, QAT, page
 from benchmarks.prune_cells import TimeUp
@@ -44,12 +45,13 @@ def run_qat(cells: Cells, bench: Bench, names: list[str], seeds: int, epochs: in
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bits")
-    parser.add_argument("--only", choices=["ptq", "qat", "page"], help="this part; all by default")
+    parser.add_argument("--only", choices=["ptq", "qat", "mnist", "page"], help="this part; all by default")
     parser.add_argument("--rows", nargs="+", default=list(QAT), choices=list(QAT), help="of the part that trains")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop cleanly after this time")
     parser.add_argument("--cifar", default="/tmp/data", help="CIFAR-10 as an image folder")
+    parser.add_argument("--mnist", default="/tmp/mnist", help="MNIST as an image folder")
     given = parser.parse_args()
     torch.set_num_threads(1)
     end = time.monotonic() + 60 * given.minutes
@@ -59,9 +61,11 @@ def main() -> int:
             run_ptq(cells, bench)
         if given.only in (None, "qat"):
             run_qat(cells, bench, given.rows, given.seeds, given.epochs)
+        if given.only in (None, "mnist"):
+            bits_mnist.run(cells, given.mnist, given.seeds)
     except TimeUp:
         print("the time is used up; the same command goes on from here", flush=True)
-    text = page(cells)
+    text = "\n".join([page(cells), *bits_mnist.page(cells)])
     (ROOT / "docs" / "bits.md").write_text(text)
     print(text)
     return 0

@@ -2,18 +2,18 @@
 
 from torch import nn
 
-from kompakt.build.aware import aware, shipped, with_signs
+from kompakt.build.aware import Aware, aware, with_signs
 from kompakt.build.train import Hooks, train
 from kompakt.errors import InputError
 from kompakt.graph.calibrate import Stats
-from kompakt.graph.trace import Capture, trace
+from kompakt.graph.trace import trace
 from kompakt.job import Job
 from kompakt.plan.plan import Plan
 from kompakt.teaching import batches, settings, taught
 
 
-def trained(job: Job, model: nn.Module, plan: Plan, stats: Stats) -> tuple[Capture, Capture, Plan]:
-    """Train a network under a plan and return what ships, the float capture below it, and the plan it carries out.
+def trained(job: Job, model: nn.Module, plan: Plan, stats: Stats) -> Aware:
+    """Train a network under a plan and return its trained form; ``build.aware.shipped`` makes of it what ships.
 
     Args:
         job: with ``[qat]`` epochs.
@@ -36,5 +36,4 @@ def trained(job: Job, model: nn.Module, plan: Plan, stats: Stats) -> tuple[Captu
     hooks = Hooks(progress=job.progress, tensorboard=board)
     how = settings(section, job.out, made.module, job.seed)
     train(made.module, batches(section, job, job.seed), how, objective=goal, teachers=who, hooks=hooks)
-    ships, below = shipped(made, stats)
-    return ships, below, signed
+    return made

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 
+from kompakt.build.aware import without_tensors
 from kompakt.errors import InputError
 from kompakt.graph.calibrate import Stats
 from kompakt.graph.graph import Left
@@ -14,7 +15,7 @@ from kompakt.methods import codebook, mixed
 from kompakt.methods.uniform import Knobs, uniform
 from kompakt.plan.plan import Plan, Quantize, Share
 from kompakt.plan.recipe import QuantizeSection
-from kompakt.plan.rules import integer_layers, placed, range_owner
+from kompakt.plan.rules import Rules, integer_layers, placed, range_owner
 
 Planned = tuple[Plan, tuple[Left, ...], tuple[str, ...]]
 MEASURED_ON = 128
@@ -41,8 +42,9 @@ def planned(job: Job, section: QuantizeSection, capture: Capture, stats: Stats, 
     """
     _agree(section)
     if job.plan is not None:
-        entries = (*job.plan.of(Quantize), *job.plan.of(Share))
-        return Plan(entries=entries), (), ("the plan given is carried out as it stands",)
+        given = Plan(entries=(*job.plan.of(Quantize), *job.plan.of(Share)))
+        plan = without_tensors(given, unquantized(capture, job.target.rules, keep))
+        return plan, (), ("the plan given is carried out as it stands",)
     asked = knobs(section, keep)
     if job.recipe.finetune.rate is not None:
         asked = replace(asked, weight_range="lattice")  # the steps that training has chosen
@@ -59,6 +61,13 @@ def planned(job: Job, section: QuantizeSection, capture: Capture, stats: Stats, 
     return (_packed(plan) if section.packed else plan), left, notes
 
 
+def unquantized(capture: Capture, rules: Rules, keep: frozenset[str]) -> frozenset[str]:
+    """Return the weights of the layers called ``keep``, and the ops whose integers only these wanted."""
+    graph = capture.graph
+    weights = {str(graph.by_name[name].ref("weight")) for name in keep}
+    return frozenset(weights | (placed(graph, rules).keys() - placed(graph, rules, keep).keys()))
+
+
 def knobs(section: QuantizeSection, keep: frozenset[str] = frozenset()) -> Knobs:
     """Translate a recipe's section into the method's knobs."""
     return Knobs(
@@ -67,6 +76,7 @@ def knobs(section: QuantizeSection, keep: frozenset[str] = frozenset()) -> Knobs
         group_size=section.group_size,
         weight_range=section.weight_range,
         activation_range=section.activation_range,
+        power_of_two=section.power_of_two,
         dynamic=section.dynamic,
         keep=frozenset(section.keep) | keep,
     )
@@ -77,15 +87,18 @@ def _agree(section: QuantizeSection) -> None:
     if section.codebook is not None:
         also: dict[str, object] = {"mixed": section.mixed, "weight_bits": section.weight_bits}
         also |= {"group_size": section.group_size, "dynamic": section.dynamic, "packed": section.packed}
-        also["rounding adaround"] = section.rounding == "adaround"
+        fixed = section.codebook_grid != "free"
+        also["rounding"] = section.rounding if fixed or section.rounding == "adaround" else None
         wrong = next((name for name, value in also.items() if value), None)
         if wrong is not None:
             raise InputError(f"codebook and {wrong}: a codebook holds no uniform integers; leave one of the two out")
     if section.rate is not None:
-        others = ("codebook", "mixed", "weight_bits", "group_size", "rounding", "dynamic", "packed")
+        others = ("codebook", "mixed", "weight_bits", "group_size", "rounding", "dynamic", "packed", "power_of_two")
         wrong = next((name for name in others if getattr(section, name)), None)
         if wrong is not None:
             raise InputError(f"rate and {wrong}: rate chooses the steps of 8-bit integers; leave one of the two out")
+    if section.codebook_grid != "free" and section.codebook is None:
+        raise InputError(f"codebook_grid {section.codebook_grid}: say how many bits, as in codebook = 4")
     if section.mixed and section.weight_bits is not None:
         raise InputError("weight_bits and a budget of bits: say either one width for all or what they may cost")
     if section.mixed and (section.dynamic or section.group_size is not None):
@@ -100,6 +113,7 @@ def _shared(job: Job, section: QuantizeSection, capture: Capture, asked: Knobs) 
         bits=section.codebook,
         granularity=section.codebook_granularity,
         start=section.codebook_start,
+        grid=section.codebook_grid,
         ends=mixed.ENDS if section.keep_ends else None,
         keep=asked.keep,
     )
@@ -107,7 +121,9 @@ def _shared(job: Job, section: QuantizeSection, capture: Capture, asked: Knobs) 
     if section.activation_bits is not None:
         integers, _ = uniform(capture.graph, job.target.rules, asked)
         plan = plan.then(*(entry for entry in integers.of(Quantize) if entry.role == "activation"))
-    return plan, left, (f"{2**section.codebook} shared values for each {section.codebook_granularity}",)
+    said = f"{2**section.codebook} shared values for each {section.codebook_granularity}"
+    names = {"apot": "additive powers of two", "power_of_two": "powers of two", "ternary": "two values and 0"}
+    return plan, left, (f"{said}: {names[section.codebook_grid]}" if section.codebook_grid in names else said,)
 
 
 def _chosen(

@@ -6,7 +6,7 @@ than float layers is a matter of the machine; it is measured on the files.
 """
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -64,7 +64,14 @@ def _integer(graph: Graph, rules: Rules, name: str, layers: set[str]) -> bool:
 
 
 def measured(
-    model: nn.Module, example: Tensor, target: Target, calibration: Split, *, seconds: float = 10.0, seed: int = 0
+    model: nn.Module,
+    example: Tensor,
+    target: Target,
+    calibration: Split,
+    *,
+    knobs: Knobs = Knobs(),
+    seconds: float = 10.0,
+    seed: int = 0,
 ) -> Chosen:
     """Quantize a model all through, or but for the layers beside float operators, whichever file is faster.
 
@@ -73,14 +80,15 @@ def measured(
         example: two inputs.
         target: the runtime.
         calibration: examples for the ranges.
+        knobs: of the method.
         seconds: to spend on timing.
         seed: of the order of timing.
     """
-    whole, left = quantized(model, example, target, calibration)
+    whole, left = quantized(model, example, target, calibration, knobs)
     keep = beside_islands(whole.graph, target.rules)
     if not keep:
         return Chosen(capture=whole, left=left, why="no layer stands beside a float operator")
-    some, more = quantized(model, example, target, calibration, Knobs(keep=keep))
+    some, more = quantized(model, example, target, calibration, replace(knobs, keep=knobs.keep | keep))
     captures = {FLOAT: fold(trace(model, example)), ALL: whole, SOME: some}
     times = _times(captures, target, example[:1].numpy(), seconds, seed)
     figures = ", ".join(f"{name} {times[name].ratio:.3f}" for name in (ALL, SOME))

@@ -24,6 +24,8 @@ def rounding(section: QuantizeSection) -> Rounding:
         return section.rounding
     if section.rate is not None:
         return "retarget"
+    if section.codebook_grid != "free":
+        return "nearest"
     few = [bits for bits in (section.weight_bits, section.average_bits, section.codebook) if bits is not None]
     return "retarget" if section.mixed or any(bits <= FEW_BITS for bits in few) else "nearest"
 
@@ -63,10 +65,13 @@ def _how(section: QuantizeSection, seed: int = 0) -> Refinement:
     )
 
 
-def notes(section: QuantizeSection, made: Capture, suffix: str) -> tuple[str, ...]:
-    """Say what was done beyond rounding to nearest, and what few bits are good for in a file of ``suffix``."""
-    how = _how(section)
-    said = ["weights equalized across layers"] if equalizes(section) else []
+def notes(section: QuantizeSection, made: Capture, suffix: str, *, taught: bool = False) -> tuple[str, ...]:
+    """Say what was done beyond rounding to nearest, and what few bits are good for in a file of ``suffix``.
+
+    A network that was ``taught`` its integers in training was neither prepared for them nor refined after it.
+    """
+    how = Refinement(rounding="nearest") if taught else _how(section)
+    said = ["weights equalized across layers"] if equalizes(section) and not taught else []
     if how.rounding != "nearest" or how.bias_correction:
         said.append(_named(how, section.rate))
     if suffix == ".onnx":
@@ -81,7 +86,9 @@ def _storage(section: QuantizeSection, made: Capture) -> list[str]:
     if codebooks(made.module):
         said.append("codebooks are storage only: the runtime looks the values up and multiplies floats, no faster")
     few = [str(bits) for bits in weights if bits < BYTE]
-    if few and section.group_size is None:
+    if few and section.group_size is not None:
+        said.append(f"{'-, '.join(few)}-bit weights in groups are storage only: the runtime multiplies floats")
+    elif few:
         how = "two to a byte where they have 4 or fewer: layers of such weights run in float" if section.packed else ""
         text = f"{'-, '.join(few)}-bit weights are storage only: in ONNX they stand in int8, smaller as .kpk, no faster"
         said.append(f"{'-, '.join(few)}-bit weights are storage only, {how}" if how else text)

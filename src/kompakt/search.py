@@ -1,7 +1,7 @@
 """``compress``: find the plan that fits the budget, judged on the exported artifact against the original."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from kompakt import __version__
 from kompakt.awareness import trained
-from kompakt.bits import knobs, planned
+from kompakt.bits import knobs, planned, unquantized
+from kompakt.build.aware import Aware, shipped, without_tensors
 from kompakt.build.quantize import quantize
 from kompakt.data import Data, check_classes
 from kompakt.errors import InputError, ModelError
@@ -133,7 +134,8 @@ def _quantized(job: Job, section: QuantizeSection, capture: Capture, baseline: P
     if reference is None:
         job.say("scoring the original on the validation split")
         reference = job.judge.score(baseline, job.data.validation)
-    capture = prepared(section, capture)
+    # What is trained is the network itself; equalizing, and mending after, is for a network that is not.
+    capture = capture if job.recipe.qat.epochs else prepared(section, capture)
     stats = _calibrated(job, section, capture)
     best, decisions = _within_budget(job, section, capture, stats, reference, found.model)
     final = best.path.replace(job.out / f"model{job.target.suffix}")
@@ -146,7 +148,7 @@ def _quantized(job: Job, section: QuantizeSection, capture: Capture, baseline: P
         path=final,
         did=_did(job, section),
         kept=best.kept,
-        decisions=(*notes(section, best.capture, job.target.suffix), *decisions),
+        decisions=(*notes(section, best.capture, job.target.suffix, taught=bool(job.recipe.qat.epochs)), *decisions),
         left=(*found.left, *best.left),
     )
 
@@ -175,16 +177,20 @@ def _within_budget(
 ) -> tuple[Candidate, tuple[str, ...]]:
     """Return the first candidate that keeps the budget, or the best, and what was decided on the way."""
     limit = job.recipe.budget.max_drop
-    best = _candidate(job, section, capture, stats, reference, (), model)
+    start = _Start(section=section, capture=capture, stats=stats, reference=reference)
+    if job.recipe.qat.epochs:
+        plan, _, _ = planned(job, section, capture, stats, frozenset())
+        start = replace(start, aware=trained(job, model, plan, stats))
+    best = _candidate(job, start, ())
     decisions = [*best.notes, f"all layers quantized: {points_text(best.drop)} on the validation split"]
-    if limit is None or best.drop.points <= limit or job.plan is not None or job.recipe.qat.epochs:
+    if limit is None or best.drop.points <= limit:
         return best, tuple(decisions)
     job.say("over budget: measuring the sensitivity of each layer")
-    ranked = _ranked(job, section, capture, stats)
+    ranked = _ranked(job, section, _unrounded(start), stats)
     step = max(1, -(-len(ranked) // STEPS_BACK))
     for count in range(step, len(ranked) + step, step):
         kept = tuple(ranked[:count])
-        found = _candidate(job, section, capture, stats, reference, kept, model)
+        found = _candidate(job, start, kept)
         newest = ", ".join(capture.graph.by_name[name].module or name for name in ranked[count - step : count])
         decisions.append(f"{newest} back to float (largest output error): {points_text(found.drop)}")
         best = min(best, found, key=lambda item: item.drop.points)
@@ -192,6 +198,13 @@ def _within_budget(
             return found, tuple(decisions)
     decisions.append(f"no candidate keeps {limit:g} points on the validation split; the best is kept")
     return best, tuple(decisions)
+
+
+def _unrounded(start: "_Start") -> Capture:
+    """The float network that was quantized: as it came, or as it was trained."""
+    if start.aware is None:
+        return start.capture
+    return shipped(start.aware, start.stats, frozenset(start.capture.graph.tensor))[1]
 
 
 def _ranked(job: Job, section: QuantizeSection, capture: Capture, stats: Stats) -> list[str]:
@@ -202,23 +215,30 @@ def _ranked(job: Job, section: QuantizeSection, capture: Capture, stats: Stats) 
     return sorted(found, key=lambda name: -found[name])
 
 
-def _candidate(
-    job: Job,
-    section: QuantizeSection,
-    capture: Capture,
-    stats: Stats,
-    reference: Score,
-    kept: tuple[str, ...],
-    model: nn.Module,
-) -> Candidate:
-    """Plan, apply or train, export and judge with some layers kept in float."""
-    plan, left, notes = planned(job, section, capture, stats, frozenset(kept))
-    if job.recipe.qat.epochs:
-        made, capture, plan = trained(job, model, plan, stats)
+@dataclass(frozen=True, kw_only=True)
+class _Start:
+    """What every candidate starts from; ``aware`` where the network was trained under its plan."""
+
+    section: QuantizeSection
+    capture: Capture
+    stats: Stats
+    reference: Score
+    aware: Aware | None = None
+
+
+def _candidate(job: Job, start: _Start, kept: tuple[str, ...]) -> Candidate:
+    """Plan and apply, or take what was trained; export and judge with some layers kept in float."""
+    capture, keep = start.capture, frozenset(kept)
+    plan, left, notes = planned(job, start.section, capture, start.stats, keep if start.aware is None else frozenset())
+    if start.aware is not None:
+        gone = unquantized(capture, job.target.rules, keep)
+        plan = without_tensors(start.aware.plan, gone)
+        made, capture = shipped(start.aware, start.stats, gone)
     else:
-        made = refine(job, section, capture, quantize(capture, plan, stats, job.seed), plan)
+        made = quantize(capture, plan, start.stats, job.seed)
+        made = refine(job, start.section, capture, made, plan)
     job.say(f"exporting with {len(kept)} layers in float" if kept else "exporting")
     path = _export(job, made, f"candidate-{len(kept)}")
     job.say("scoring the exported file on the validation split")
-    drop = job.judge.drop(reference, job.judge.score(path, job.data.validation))
+    drop = job.judge.drop(start.reference, job.judge.score(path, job.data.validation))
     return Candidate(plan=plan, original=capture, capture=made, path=path, drop=drop, kept=kept, left=left, notes=notes)

@@ -21,6 +21,7 @@ from kompakt.graph.graph import Left
 from kompakt.graph.trace import Capture, trace
 from kompakt.measure.departure import Departure, departure
 from kompakt.measure.parity import compare
+from kompakt.measure.resources import Resources, resources
 from kompakt.measure.result import Parity
 from kompakt.measure.size import size_bytes
 from kompakt.methods.uniform import Knobs, uniform
@@ -45,6 +46,7 @@ class Shipped:
         left: layers that stay float, with the reason.
         snippet: how to run it.
         options: how the runtime opens it best, where that was measured.
+        resources: what each layer asks of a chip.
     """
 
     path: Path
@@ -55,6 +57,7 @@ class Shipped:
     left: tuple[Left, ...]
     snippet: str
     options: dict[str, Any] = field(default_factory=dict)
+    resources: tuple[Resources, ...] = ()
 
 
 def quantized(
@@ -69,7 +72,7 @@ def quantized(
         calibration: examples for the ranges.
         knobs: of the method.
     """
-    capture = fold(trace(model, example))
+    capture = target.prepare(fold(trace(model, example)))
     sites = placed(capture.graph, target.rules, knobs.keep)
     stats = calibrate(capture, (inputs for inputs, _ in calibration.batches(BATCH)), sites)
     stats = pool(stats, pooled(capture.graph, target.rules, sites))
@@ -115,6 +118,7 @@ def ship(
         findings=target.check(path),
         left=left,
         snippet=snippet,
+        resources=resources(capture),
     )
 
 

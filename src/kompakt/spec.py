@@ -60,6 +60,7 @@ class QuantSpec:
         saturation_free: no two integers of a channel may add up to more than an int16 holds after each
             is multiplied by an unsigned 8-bit activation (x86 without VNNI sums such pairs in int16).
         packed: weights of up to 4 bits stand two to a byte in the file; kernels of one byte are lost.
+        power_of_two: the scale is 2ⁿ, so that hardware shifts where it would multiply.
     """
 
     bits: int = 8
@@ -70,6 +71,7 @@ class QuantSpec:
     dynamic: bool = False
     saturation_free: bool = False
     packed: bool = False
+    power_of_two: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= MAX_BITS:

@@ -5,8 +5,9 @@ convolutional networks, changes nothing. ``emit`` writes those as they stand; wh
 caller takes torch's exporter.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -27,32 +28,36 @@ class _Unknown(Exception):
     """A node that is not written here."""
 
 
-def emit(module: fx.GraphModule) -> onnx.ModelProto | None:
+def emit(
+    module: fx.GraphModule, forms: Mapping[Any, "Form"] | None = None, domains: Mapping[str, int] = MappingProxyType({})
+) -> onnx.ModelProto | None:
     """Write a graph module of ATen and ``kompakt::`` operators as an ONNX model.
 
     Args:
         module: what ``to_integers`` returns; its inputs and outputs carry fake values (``meta["val"]``).
+        forms: operator, or class of a module that is called → what writes it; ``FORMS`` by default.
+        domains: other domains than ONNX's own whose operators are written → their versions.
 
     Returns:
         The model, with a symbolic batch where the module has one; None where it holds an operator, or a use of one,
         that is not written here.
     """
-    writer = _Writer(module)
+    writer = Writer(module, FORMS if forms is None else forms)
     try:
         for node in module.graph.nodes:
             writer.write(node)
     except _Unknown:
         return None
     graph = helper.make_graph(writer.nodes, "main", writer.inputs, writer.outputs, list(writer.stored.values()))
-    opset = helper.make_operatorsetid("", OPSET)
-    return helper.make_model(graph, ir_version=IR_VERSION, opset_imports=[opset], producer_name="kompakt")
+    opsets = [helper.make_operatorsetid(name, version) for name, version in {"": OPSET, **domains}.items()]
+    return helper.make_model(graph, ir_version=IR_VERSION, opset_imports=opsets, producer_name="kompakt")
 
 
-class _Writer:
+class Writer:
     """Collects the parts of an ONNX graph; the name of a node's value is the node's own."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
-        self.module = module
+    def __init__(self, module: fx.GraphModule, forms: Mapping[Any, "Form"]) -> None:
+        self.module, self.forms = module, forms
         self.nodes: list[onnx.NodeProto] = []
         self.inputs: list[onnx.ValueInfoProto] = []
         self.outputs: list[onnx.ValueInfoProto] = []
@@ -67,15 +72,20 @@ class _Writer:
         elif node.op == "output":
             self._finish(node)
         elif node.target is not aten.sym_size.int:  # read where a shape asks for the batch
-            form = FORMS.get(node.target)
+            called = node.op == "call_module"
+            form = self.forms.get(type(self.module.get_submodule(str(node.target))) if called else node.target)
             if form is None or node.kwargs:
                 raise _Unknown
-            form(self, node, _bound(node))
+            form(self, node, {} if called else _bound(node))
 
     def _finish(self, node: fx.Node) -> None:
         returned = node.args[0] if isinstance(node.args[0], list | tuple) else (node.args[0],)
         for value in returned:
-            if not isinstance(value, fx.Node) or value.op != "call_function" or len(set(returned)) != len(returned):
+            if (
+                not isinstance(value, fx.Node)
+                or not value.op.startswith("call_")
+                or len(set(returned)) != len(returned)
+            ):
                 raise _Unknown
             self.outputs.append(_declared(value.name, value))
 
@@ -99,7 +109,7 @@ class _Writer:
 
 
 Arguments = dict[str, Any]
-Form = Callable[[_Writer, fx.Node, Arguments], object]
+Form = Callable[[Writer, fx.Node, Arguments], object]
 
 
 def _bound(node: fx.Node) -> Arguments:
@@ -130,7 +140,7 @@ def _declared(name: str, node: fx.Node) -> onnx.ValueInfoProto:
 def _plain(kind: str, *operands: str) -> Form:
     """An operator whose ONNX form takes the same tensors and nothing else."""
 
-    def form(writer: _Writer, node: fx.Node, given: Arguments) -> None:
+    def form(writer: Writer, node: fx.Node, given: Arguments) -> None:
         tensors = [given[name] for name in operands]
         if not all(isinstance(item, fx.Node) for item in tensors) or given.get("alpha", 1) != 1:
             raise _Unknown
@@ -139,7 +149,7 @@ def _plain(kind: str, *operands: str) -> Form:
     return form
 
 
-def _conv(writer: _Writer, node: fx.Node, given: Arguments) -> None:
+def _conv(writer: Writer, node: fx.Node, given: Arguments) -> None:
     pads = [*given["padding"]] * 2
     if len(pads) != 4:
         raise _Unknown
@@ -149,13 +159,13 @@ def _conv(writer: _Writer, node: fx.Node, given: Arguments) -> None:
     )  # fmt: skip
 
 
-def _linear(writer: _Writer, node: fx.Node, given: Arguments) -> None:
+def _linear(writer: Writer, node: fx.Node, given: Arguments) -> None:
     if _value(node).ndim != 2:
         raise _Unknown
     writer.add("Gemm", [given["input"], given["weight"], given["bias"]], node.name, transB=1)
 
 
-def _clip(writer: _Writer, node: fx.Node, given: Arguments) -> None:
+def _clip(writer: Writer, node: fx.Node, given: Arguments) -> None:
     low, high = (given.get(f"{name}_val", given.get(name)) for name in ("min", "max"))
     ends = [
         None if end is None else writer.constant(node, name, float(end))
@@ -167,22 +177,22 @@ def _clip(writer: _Writer, node: fx.Node, given: Arguments) -> None:
     writer.add("Clip", [given["self"], *ends], node.name)
 
 
-def _silu(writer: _Writer, node: fx.Node, given: Arguments) -> None:
+def _silu(writer: Writer, node: fx.Node, given: Arguments) -> None:
     gate = writer.add("Sigmoid", [given["self"]], f"{node.name}_gate")
     writer.add("Mul", [given["self"], gate], node.name)
 
 
-def _cat(writer: _Writer, node: fx.Node, given: Arguments) -> None:
+def _cat(writer: Writer, node: fx.Node, given: Arguments) -> None:
     writer.add("Concat", given["tensors"], node.name, axis=given["dim"])
 
 
-def _max_pool(writer: _Writer, node: fx.Node, given: Arguments) -> None:
+def _max_pool(writer: Writer, node: fx.Node, given: Arguments) -> None:
     shape = {"kernel_shape": _two(given["kernel_size"]), "strides": _two(given["stride"] or given["kernel_size"])}
     shape |= {"pads": _two(given["padding"]) * 2, "dilations": _two(given["dilation"])}
     writer.add("MaxPool", [given["self"]], node.name, ceil_mode=int(given["ceil_mode"]), **shape)
 
 
-def _avg_pool(writer: _Writer, node: fx.Node, given: Arguments) -> None:
+def _avg_pool(writer: Writer, node: fx.Node, given: Arguments) -> None:
     if given["divisor_override"] is not None or given["ceil_mode"]:
         raise _Unknown
     shape = {"kernel_shape": _two(given["kernel_size"]), "strides": _two(given["stride"] or given["kernel_size"])}
@@ -196,14 +206,14 @@ def _two(size: Sequence[int]) -> list[int]:
     return [*size] if len(size) == 2 else [*size] * 2
 
 
-def _batch_norm(writer: _Writer, node: fx.Node, given: Arguments) -> None:
+def _batch_norm(writer: Writer, node: fx.Node, given: Arguments) -> None:
     read = [given[name] for name in ("input", "weight", "bias", "running_mean", "running_var")]
     if given["training"] or not all(isinstance(item, fx.Node) for item in read):
         raise _Unknown
     writer.add("BatchNormalization", read, node.name, epsilon=given["eps"])
 
 
-def _flatten(writer: _Writer, node: fx.Node, given: Arguments) -> None:
+def _flatten(writer: Writer, node: fx.Node, given: Arguments) -> None:
     if given["start_dim"] != 1 or given["end_dim"] not in (-1, _rank(given["self"]) - 1):
         raise _Unknown
     writer.add("Reshape", [given["self"], writer.constant(node, "shape", [0, -1])], node.name)
@@ -213,7 +223,7 @@ def _rank(node: fx.Node) -> int:
     return _value(node).ndim if "val" in node.meta else 0
 
 
-def _reshape(writer: _Writer, node: fx.Node, given: Arguments) -> None:
+def _reshape(writer: Writer, node: fx.Node, given: Arguments) -> None:
     first, *others = given["size"] if "size" in given else given["shape"]
     if isinstance(first, fx.Node):
         if first.target is not aten.sym_size.int or str(first.meta.get("val")) != str(_value(node).shape[0]):
@@ -228,7 +238,7 @@ def _reshape(writer: _Writer, node: fx.Node, given: Arguments) -> None:
     writer.add("Reshape", [given["self"], writer.constant(node, "shape", [first, *others])], node.name)
 
 
-def _pad(writer: _Writer, node: fx.Node, given: Arguments) -> None:
+def _pad(writer: Writer, node: fx.Node, given: Arguments) -> None:
     pads, value, rank = given["pad"], given["value"] or 0.0, _value(node).ndim
     if given.get("mode", "constant") != "constant" or not isfinite(value) or any(isinstance(n, fx.Node) for n in pads):
         raise _Unknown
@@ -237,7 +247,7 @@ def _pad(writer: _Writer, node: fx.Node, given: Arguments) -> None:
     writer.add("Pad", [given["self"], amounts, writer.constant(node, "value", float(value))], node.name)
 
 
-def _slice(writer: _Writer, node: fx.Node, given: Arguments) -> None:
+def _slice(writer: Writer, node: fx.Node, given: Arguments) -> None:
     bounds = {"start": given["start"] or 0, "end": LAST if given["end"] is None else given["end"]}
     bounds |= {"dim": given["dim"], "step": given["step"]}
     if any(isinstance(bound, fx.Node) for bound in bounds.values()):
@@ -246,7 +256,7 @@ def _slice(writer: _Writer, node: fx.Node, given: Arguments) -> None:
     writer.add("Slice", [given["self"], *read], node.name)
 
 
-def _permute(writer: _Writer, node: fx.Node, given: Arguments) -> None:
+def _permute(writer: Writer, node: fx.Node, given: Arguments) -> None:
     rank = _value(node).ndim
     if "dims" in given:
         order = [dim % rank for dim in given["dims"]]
@@ -257,18 +267,23 @@ def _permute(writer: _Writer, node: fx.Node, given: Arguments) -> None:
     writer.add("Transpose", [given["self"]], node.name, perm=order)
 
 
-def _dequantize(writer: _Writer, node: fx.Node, given: Arguments) -> None:
+def _dequantize(writer: Writer, node: fx.Node, given: Arguments) -> None:
     per_axis = given["scale"].op == "get_attr" and attribute(writer.module, str(given["scale"].target)).ndim == 1
     more = {"axis": given["axis"]} if per_axis else {}
     writer.add("DequantizeLinear", [given["q"], given["scale"], given["zero_point"]], node.name, **more)
 
 
-def _lookup(writer: _Writer, node: fx.Node, given: Arguments) -> None:
+def _dequantize_blocks(writer: Writer, node: fx.Node, given: Arguments) -> None:
+    read = [given["q"], given["scale"], given["zero_point"]]
+    writer.add("DequantizeLinear", read, node.name, axis=given["axis"], block_size=given["size"])
+
+
+def _lookup(writer: Writer, node: fx.Node, given: Arguments) -> None:
     index = writer.add("Cast", [given["indices"]], f"{node.name}_index", to=TensorProto.INT32)
     writer.add("Gather", [given["values"], index], node.name)
 
 
-def _lookup_rows(writer: _Writer, node: fx.Node, given: Arguments) -> None:
+def _lookup_rows(writer: Writer, node: fx.Node, given: Arguments) -> None:
     index = writer.add("Cast", [given["indices"]], f"{node.name}_index", to=TensorProto.INT32)
     writer.add("GatherElements", [given["values"], index], node.name, axis=1)
 
@@ -300,6 +315,7 @@ FORMS: dict[Any, Form] = {
     qdq.global_average_pool_op._opoverload: _plain("GlobalAveragePool", "x"),
     qdq.quantize_op._opoverload: _plain("QuantizeLinear", "x", "scale", "zero_point"),
     qdq.dequantize_op._opoverload: _dequantize,
+    qdq.dequantize_blocks_op._opoverload: _dequantize_blocks,
     qdq.lookup_op._opoverload: _lookup,
     qdq.lookup_rows_op._opoverload: _lookup_rows,
 }

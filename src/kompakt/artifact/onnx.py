@@ -82,6 +82,7 @@ def _table() -> dict[Callable, Callable]:
     return {
         torch.ops.kompakt.quantize.default: _quantize,
         torch.ops.kompakt.dequantize.default: _dequantize,
+        torch.ops.kompakt.dequantize_blocks.default: _dequantize_blocks,
         torch.ops.kompakt.dynamic_linear.default: _dynamic_linear,
         torch.ops.kompakt.lookup.default: _lookup,
         torch.ops.kompakt.lookup_rows.default: _lookup_rows,
@@ -95,6 +96,10 @@ def _quantize(x, scale, zero_point):  # type: ignore[no-untyped-def]  # onnxscri
 
 def _dequantize(q, scale, zero_point, axis: int = 0):  # type: ignore[no-untyped-def]
     return op.DequantizeLinear(q, scale, zero_point, axis=axis)
+
+
+def _dequantize_blocks(q, scale, zero_point, axis: int, size: int):  # type: ignore[no-untyped-def]
+    return op.DequantizeLinear(q, scale, zero_point, axis=axis, block_size=size)
 
 
 def _lookup(indices, values):  # type: ignore[no-untyped-def]

@@ -9,15 +9,22 @@ import copy
 import torch
 from torch import Tensor, fx, nn
 
+from kompakt.artifact.stored_integers import (
+    buffer,
+    named,
+    round_activation,
+    store,
+    store_codebook,
+    store_weight,
+    two_values,
+)
 from kompakt.build.integer import averages_image, behind_clamps
-from kompakt.build.layers import BiasQuantizer, Codebook, Quantizer
+from kompakt.build.layers import BiasQuantizer, Codebook, Quantizer, TwoValues
 from kompakt.build.quantize import quantizer_of
+from kompakt.errors import ModelError
 from kompakt.graph.trace import Capture, attribute
 from kompakt.numerics.grid import quantize
-from kompakt.spec import PerChannel, PerGroup
-
-INDICES = "_indices"
-"""Ends the names of stored indices into codebooks."""
+from kompakt.spec import PerGroup
 
 
 @torch.library.custom_op("kompakt::quantize", mutates_args=())
@@ -36,6 +43,13 @@ def dequantize_op(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Te
         shape[axis] = -1
         scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
     return (q.to(torch.int32) - zero_point.to(torch.int32)).to(torch.float32) * scale
+
+
+@torch.library.custom_op("kompakt::dequantize_blocks", mutates_args=())
+def dequantize_blocks_op(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int, size: int) -> Tensor:
+    """Return ``scale · (q - zero_point)``, one scale for each run of ``size`` values along ``axis``."""
+    wide_scale, wide_zero = (item.repeat_interleave(size, dim=axis) for item in (scale, zero_point))
+    return (q.to(torch.int32) - wide_zero.to(torch.int32)).to(torch.float32) * wide_scale
 
 
 @torch.library.custom_op("kompakt::lookup", mutates_args=())
@@ -77,6 +91,11 @@ def _(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
     return torch.empty_like(q, dtype=torch.float32)
 
 
+@dequantize_blocks_op.register_fake
+def _(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int, size: int) -> Tensor:
+    return torch.empty_like(q, dtype=torch.float32)
+
+
 @dynamic_linear_op.register_fake
 def _(x: Tensor, weight: Tensor, weight_scale: Tensor, weight_zero: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[-1]))
@@ -110,13 +129,15 @@ def to_integers(capture: Capture) -> fx.GraphModule:
         made = module.get_submodule(str(node.target))
         if isinstance(made, BiasQuantizer):
             bias = attribute(module, str(node.args[0].target))
-            _store(module, node, made.integers(bias), made.scale, torch.zeros_like(made.scale, dtype=torch.int32), 0)
+            store(module, node, made.integers(bias), made.scale, torch.zeros_like(made.scale, dtype=torch.int32), 0)
         elif isinstance(made, Codebook):
-            _store_codebook(module, node, made)
+            store_codebook(module, node, made)
+        elif isinstance(made, TwoValues):
+            two_values(module, node, made)
         elif isinstance(made, Quantizer) and _reads_attribute(node):
-            _store_weight(module, node, made)
+            store_weight(module, node, made)
         elif isinstance(made, Quantizer) and not made.spec.dynamic:
-            _round_activation(module, node, made)
+            round_activation(module, node, made)
     module.graph.eliminate_dead_code()
     module.delete_all_unused_submodules()
     _drop_unread_tensors(module)
@@ -141,75 +162,6 @@ def _reads_attribute(node: fx.Node) -> bool:
     return node.args[0].op == "get_attr"
 
 
-def _store_weight(module: fx.GraphModule, node: fx.Node, made: Quantizer) -> None:
-    """Replace a rounded weight by its integers."""
-    weight = attribute(module, str(node.args[0].target))
-    granularity = made.spec.granularity
-    if isinstance(granularity, PerGroup):
-        # No runtime here multiplies grouped 8-bit integers: the rounded values ship as floats.
-        with torch.no_grad():
-            _constant(module, node, made(weight))
-        return
-    axis = granularity.axis if isinstance(granularity, PerChannel) else 0
-    kind = torch.int8 if made.spec.signed else torch.uint8
-    integers = quantize(weight, made.scale, made.zero_point, made.spec).to(kind)
-    _store(module, node, integers, made.scale, made.zero_point.to(kind), axis)
-
-
-def _store_codebook(module: fx.GraphModule, node: fx.Node, made: Codebook) -> None:
-    """Replace a shared weight by its indices and a lookup in its values."""
-    name = str(node.args[0].target)
-    books = len(made.values)
-    with module.graph.inserting_before(node):
-        if books == 1:
-            reads = [_buffer(module, name + INDICES, made.indices), _buffer(module, name + "_values", made.values[0])]
-            value = module.graph.call_function(torch.ops.kompakt.lookup.default, tuple(reads))
-        else:
-            rows = made.indices.reshape(books, -1)
-            reads = [_buffer(module, name + INDICES, rows), _buffer(module, name + "_values", made.values)]
-            found = module.graph.call_function(torch.ops.kompakt.lookup_rows.default, tuple(reads))
-            shape = list(made.indices.shape)
-            value = module.graph.call_function(torch.ops.aten.reshape.default, (found, shape))
-    node.replace_all_uses_with(value)
-    module.graph.erase_node(node)
-
-
-def _store(
-    module: fx.GraphModule, node: fx.Node, integers: Tensor, scale: Tensor, zero_point: Tensor, axis: int
-) -> None:
-    """Replace ``node`` by a dequantization of stored integers."""
-    name = str(node.args[0].target)
-    with module.graph.inserting_before(node):
-        reads = [_buffer(module, name + end, v) for end, v in _named(integers, scale, zero_point)]
-        value = module.graph.call_function(torch.ops.kompakt.dequantize.default, (*reads, axis))
-    node.replace_all_uses_with(value)
-    module.graph.erase_node(node)
-
-
-def _named(integers: Tensor, scale: Tensor, zero_point: Tensor) -> tuple[tuple[str, Tensor], ...]:
-    return ("_integers", integers), ("_scale", scale), ("_zero_point", zero_point)
-
-
-def _round_activation(module: fx.GraphModule, node: fx.Node, made: Quantizer) -> None:
-    """Replace a rounded activation by a quantization and a dequantization."""
-    kind = torch.int8 if made.spec.signed else torch.uint8
-    name = str(node.target).replace(".", "_")
-    with module.graph.inserting_before(node):
-        scale = _buffer(module, name + "_scale", made.scale)
-        zero_point = _buffer(module, name + "_zero_point", made.zero_point.to(kind))
-        source = node.args[0] if made.spec.bits == 8 else _clamped(module, node.args[0], made)
-        integers = module.graph.call_function(torch.ops.kompakt.quantize.default, (source, scale, zero_point))
-        value = module.graph.call_function(torch.ops.kompakt.dequantize.default, (integers, scale, zero_point, 0))
-    node.replace_all_uses_with(value)
-    module.graph.erase_node(node)
-
-
-def _clamped(module: fx.GraphModule, node: fx.Node, made: Quantizer) -> fx.Node:
-    """Clamp to a grid that is narrower than the 8 bits to which QuantizeLinear clamps."""
-    ends = [float((end - made.zero_point) * made.scale) for end in (made.spec.qmin, made.spec.qmax)]
-    return module.graph.call_function(torch.ops.aten.clamp.default, (node, *ends))
-
-
 def _spell_out_linear(module: fx.GraphModule, node: fx.Node) -> None:
     """Write a quantized linear layer as a product and a sum, its weight stored (in, out).
 
@@ -219,22 +171,31 @@ def _spell_out_linear(module: fx.GraphModule, node: fx.Node) -> None:
     source, weight_node = node.args[0], node.args[1]
     bias = node.args[2] if len(node.args) > 2 else None
     made = module.get_submodule(str(weight_node.target)) if weight_node.op == "call_module" else None
-    if not isinstance(made, Quantizer) or isinstance(made.spec.granularity, PerGroup):
+    if not isinstance(made, Quantizer):
         return
-    dynamic = _dynamic(module, source)
-    if not dynamic and node.meta["val"].ndim == 2:
+    dynamic, groups = _dynamic(module, source), isinstance(made.spec.granularity, PerGroup)
+    if dynamic and groups:
+        raise ModelError(f"{weight_node.args[0]}: groups have no kernel for dynamic ranges; use scales by channel")
+    if not dynamic and not groups and not made.spec.packed and node.meta["val"].ndim == 2:
         return  # exported as Gemm, whose kernel takes the weight as it is
     weight = attribute(module, str(weight_node.args[0].target))
     integers = quantize(weight, made.scale, made.zero_point, made.spec).to(torch.int8).t().contiguous()
     name = f"{weight_node.args[0].target}_transposed"
+    scale, zero_point = (item.t().contiguous() if groups else item for item in (made.scale, made.zero_point))
     with module.graph.inserting_before(node):
-        parts = _named(integers, made.scale, made.zero_point.to(torch.int8))
-        reads = [_buffer(module, name + end, value) for end, value in parts]
+        parts = named(integers, scale, zero_point.to(torch.int8))
+        reads = [buffer(module, name + end, value) for end, value in parts]
         if dynamic:
             operands = (source.args[0], *reads)
             value = module.graph.call_function(torch.ops.kompakt.dynamic_linear.default, operands)
         else:
-            rounded = module.graph.call_function(torch.ops.kompakt.dequantize.default, (*reads, 1))
+            operators = torch.ops.kompakt
+            size = made.spec.granularity.size if isinstance(made.spec.granularity, PerGroup) else 0
+            rounded = (
+                module.graph.call_function(operators.dequantize_blocks.default, (*reads, 0, size))
+                if groups
+                else module.graph.call_function(operators.dequantize.default, (*reads, 1))
+            )
             value = module.graph.call_function(torch.ops.aten.matmul.default, (source, rounded))
         if bias is not None:
             value = module.graph.call_function(torch.ops.aten.add.Tensor, (value, bias))
@@ -255,20 +216,6 @@ def _pool_globally(module: fx.GraphModule, node: fx.Node) -> None:
 def _dynamic(module: fx.GraphModule, node: fx.Node) -> bool:
     made = module.get_submodule(str(node.target)) if node.op == "call_module" else None
     return isinstance(made, Quantizer) and made.spec.dynamic
-
-
-def _buffer(module: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
-    """Register a buffer and insert a read of it."""
-    key = name.replace(".", "_")
-    module.register_buffer(key, value.detach().clone())
-    return module.graph.get_attr(key)
-
-
-def _constant(module: fx.GraphModule, node: fx.Node, value: Tensor) -> None:
-    with module.graph.inserting_before(node):
-        read = _buffer(module, str(node.args[0].target) + "_rounded", value)
-    node.replace_all_uses_with(read)
-    module.graph.erase_node(node)
 
 
 def _drop_unread_tensors(module: fx.GraphModule) -> None:

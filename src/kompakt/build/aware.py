@@ -7,12 +7,13 @@ weights are put on their grids, batch norms folded into the scales of the channe
 
 import copy
 from dataclasses import dataclass, replace
-from typing import Literal
+from math import prod
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 
-from kompakt.build.layers import Codebook, Quantizer, Signs
+from kompakt.build.layers import Codebook, Levels, Quantizer, Signs, Ternary, TwoValues
 from kompakt.build.quantize import codebooks, quantize, quantizers
 from kompakt.errors import InputError
 from kompakt.graph.calibrate import Stats
@@ -20,13 +21,16 @@ from kompakt.graph.fold import fold, foldable_norms, remove_identities, set_para
 from kompakt.graph.graph import Graph
 from kompakt.graph.trace import Capture, attribute
 from kompakt.numerics.binary import binarize, expand, ternarize
-from kompakt.numerics.grid import dequantize, saturation_scale
+from kompakt.numerics.codebook import LEVELS
+from kompakt.numerics.grid import SMALLEST_SCALE, dequantize, param_shape, rows, saturation_scale
 from kompakt.numerics.grid import quantize as to_integers
 from kompakt.plan.plan import Plan, Quantize, Share
 from kompakt.spec import PerChannel, QuantSpec
 
 Form = Literal["steps", "binary", "ternary"]
 NORMS = "norms"
+TERNARY_LIMIT = 0.7
+"""Of TWN: weights beyond so many times the mean magnitude are not 0."""
 SIGNS = QuantSpec(bits=2, narrow=True, granularity=PerChannel())
 """How signs ship: −1, 0 and 1 with a scale for each channel."""
 
@@ -57,6 +61,12 @@ def with_signs(plan: Plan, form: Form) -> Plan:
     return Plan(entries=tuple(signs.get(entry, entry) for entry in plan.entries))
 
 
+def without_tensors(plan: Plan, names: frozenset[str]) -> Plan:
+    """Return the plan less its integers and codebooks of the tensors and ops called ``names``."""
+    gone = [entry for entry in (*plan.of(Quantize), *plan.of(Share)) if entry.tensor in names]
+    return plan.without(*gone)
+
+
 def _few(entry: Quantize) -> bool:
     return entry.role == "weight" and entry.spec.bits <= SIGNS.bits
 
@@ -77,13 +87,18 @@ def aware(capture: Capture, plan: Plan, stats: Stats, form: Form = "steps", seed
         seed: of codebooks that start at random.
     """
     folded = fold(capture)
-    # A codebook of the folded weight must stay one: a norm folded afterwards would give every channel its own.
-    source = folded if plan.of(Share) else capture
+    source = folded if _folded_first(plan) else capture
     facing = Capture(module=_with_norms(source), graph=folded.graph, example=capture.example)
     made = quantize(facing, plan, stats, seed).module
     made.requires_grad_(True)
-    _learn(made, folded.graph, plan, form)
+    _learn(made, folded.graph, plan, form, stats)
     return Aware(module=made, source=source, plan=plan)
+
+
+def _folded_first(plan: Plan) -> bool:
+    """Whether a norm folded after training would spoil it: a codebook for all channels, or scales that are 2ⁿ."""
+    shared = any(entry.granularity == "tensor" for entry in plan.of(Share))
+    return shared or any(entry.spec.power_of_two for entry in plan.of(Quantize))
 
 
 def _with_norms(capture: Capture) -> fx.GraphModule:
@@ -122,17 +137,43 @@ def _epsilon(norm: fx.Node) -> float:
     return float(str(norm.args[7]))
 
 
-def _learn(module: fx.GraphModule, graph: Graph, plan: Plan, form: Form) -> None:
+def _learn(module: fx.GraphModule, graph: Graph, plan: Plan, form: Form, stats: Stats) -> None:
     """Make parameters of the steps, and put signs in the place of grids of few bits where they are trained."""
     found = quantizers(module)
     for entry in plan.of(Quantize):
         made = found[entry.tensor]
         if entry.role == "weight" and form != "steps" and _few(entry):
             _swap(module, made, Signs(form))
+        elif entry.role == "activation" and entry.spec.bits == 1 and not entry.spec.dynamic:
+            _swap(module, made, _two_values(stats, entry.tensor))
         elif made.grad_scale is None and not entry.spec.dynamic:
             made.learn(_sharing(graph, entry))
-    for book in codebooks(module).values():
-        book.values.requires_grad_(True)
+    for entry in plan.of(Share):
+        book = codebooks(module)[entry.tensor]
+        if entry.grid == "free":
+            book.values.requires_grad_(True)
+        else:
+            _swap(module, book, _trained_book(book, attribute(module, entry.tensor).detach(), entry))
+
+
+def _two_values(stats: Stats, name: str) -> TwoValues:
+    """Start at the mean of each channel and the deviation of the whole."""
+    seen, means = stats.histograms[name], stats.means[name].float()
+    middles = (seen.edges[:-1] + seen.edges[1:]) / 2
+    mean = (seen.counts * middles).sum() / seen.total
+    deviation = ((seen.counts * (middles - mean).square()).sum() / seen.total).sqrt().float()
+    return TwoValues(deviation.clamp_min(SMALLEST_SCALE), means.clone())
+
+
+def _trained_book(book: Codebook, weight: Tensor, entry: Share) -> nn.Module:
+    """Return what trains the weight on the grid of its entry."""
+    flat = weight.reshape(len(book.values), -1)
+    if entry.grid == "ternary":
+        magnitude = flat.abs()
+        limit = TERNARY_LIMIT * magnitude.mean(1, keepdim=True)
+        return Ternary(book.values.detach(), limit / magnitude.amax(1, keepdim=True).clamp_min(SMALLEST_SCALE))
+    levels = LEVELS[entry.grid](entry.bits).to(weight)
+    return Levels(levels, book.values.detach()[:, -1:].clone(), flat.shape[1])
 
 
 def _sharing(graph: Graph, entry: Quantize) -> int:
@@ -140,16 +181,17 @@ def _sharing(graph: Graph, entry: Quantize) -> int:
     if entry.role == "activation":
         return max(1, torch.Size(graph.by_name[entry.tensor].shape[1:]).numel())
     tensor = graph.tensor[entry.tensor]
-    return tensor.numel // (tensor.shape[0] if isinstance(entry.spec.granularity, PerChannel) else 1)
+    return tensor.numel // max(1, prod(param_shape(tensor.shape, entry.spec.granularity)))
 
 
 def _swap(module: fx.GraphModule, before: nn.Module, after: nn.Module) -> None:
-    name = next(name for name, each in module.named_modules() if each is before)
-    owner, _, leaf = name.rpartition(".")
-    module.get_submodule(owner).register_module(leaf, after)
+    """Put ``after`` in every place of ``before``, which several names may share."""
+    for name in [name for name, each in module.named_modules(remove_duplicate=False) if each is before]:
+        owner, _, leaf = name.rpartition(".")
+        module.get_submodule(owner).register_module(leaf, after)
 
 
-def shipped(trained: Aware, stats: Stats) -> tuple[Capture, Capture]:
+def shipped(trained: Aware, stats: Stats, left: frozenset[str] = frozenset()) -> tuple[Capture, Capture]:
     """Return what was trained as ``quantize`` makes it, ready for export, and the float capture below it.
 
     Weights lie on the very grids that were trained; a batch norm's ``γ/√(σ² + ε)`` joins the scale of its channel.
@@ -157,7 +199,9 @@ def shipped(trained: Aware, stats: Stats) -> tuple[Capture, Capture]:
     Args:
         trained: after training.
         stats: those of ``aware``.
+        left: names of weights and ops that are not quantized after all; such weights are as trained, unrounded.
     """
+    trained = replace(trained, plan=without_tensors(trained.plan, left))
     module, learned = copy.deepcopy(trained.source.module), quantizers(trained.module)
     _copy_back(trained.module, module)
     factors = _factors(module)
@@ -167,21 +211,19 @@ def shipped(trained: Aware, stats: Stats) -> tuple[Capture, Capture]:
             weight = attribute(module, entry.tensor).detach()
             value, scale = _on_grid(weight, entry.spec, learned.get(entry.tensor), _form_of(trained.module, entry))
             set_parameter(module, entry.tensor, value)
-            scales[entry.tensor] = scale * factors.get(entry.tensor, torch.ones(())).abs()
+            factor = factors.get(entry.tensor, torch.ones(())).abs()
+            scales[entry.tensor] = scale * (factor.unsqueeze(-1) if scale.ndim == 2 and factor.ndim else factor)
     module.recompile()
     source = trained.source
     capture = fold(Capture(module=module, graph=source.graph, example=source.example))
     made = quantize(capture, trained.plan, stats)
-    _settle(made.module, learned, scales, trained)
+    _settle(made.module, learned, scales, factors, trained)
     return made, capture
 
 
 def _form_of(module: fx.GraphModule, entry: Quantize) -> Form:
-    for node in module.graph.nodes:
-        if node.op == "call_module" and node.args and getattr(node.args[0], "target", None) == entry.tensor:
-            found = module.get_submodule(str(node.target))
-            return found.form if isinstance(found, Signs) else "steps"
-    return "steps"
+    found = _reader(module, entry.tensor)
+    return found.form if isinstance(found, Signs) else "steps"
 
 
 def _on_grid(weight: Tensor, spec: QuantSpec, made: Quantizer | None, form: Form) -> tuple[Tensor, Tensor]:
@@ -216,16 +258,38 @@ def _factors(module: fx.GraphModule) -> dict[str, Tensor]:
     return found
 
 
-def _settle(module: fx.GraphModule, learned: dict[str, Quantizer], scales: dict[str, Tensor], trained: Aware) -> None:
+def _reader(module: fx.GraphModule, tensor: str) -> Any:
+    """The module that stands behind a tensor or the output of an op."""
+    for node in module.graph.nodes:
+        source = node.args[0] if node.op == "call_module" and node.args else None
+        if isinstance(source, fx.Node) and tensor in (source.name, source.target):
+            found = module.get_submodule(str(node.target))
+            if not isinstance(found, nn.BatchNorm2d):
+                return found
+            return _reader(module, node.name)
+    raise KeyError(tensor)
+
+
+def _settle(
+    module: fx.GraphModule,
+    learned: dict[str, Quantizer],
+    scales: dict[str, Tensor],
+    factors: dict[str, Tensor],
+    trained: Aware,
+) -> None:
     """Give the quantizers that ship the trained steps, and the codebooks the trained values."""
     for name, made in quantizers(module).items():
         if name in scales:
             # A channel without weights had its scale raised, so that its bias fits an int32.
-            empty = attribute(module, name).detach().flatten(1).abs().amax(1) == 0
+            weight = rows(attribute(module, name).detach(), made.spec.granularity)
+            empty = weight.abs().amax(1).reshape(made.scale.shape) == 0
             made.scale = torch.where(empty, made.scale, scales[name].clamp_min(torch.finfo(torch.float32).tiny))
+        elif name not in learned:
+            _swap(module, made, copy.deepcopy(_reader(trained.module, name)).requires_grad_(False))
         elif not made.spec.dynamic:
             made.scale, made.zero_point = learned[name].settled()
-    theirs: dict[str, Codebook] = codebooks(trained.module)
     for name, book in codebooks(module).items():
-        book.indices = theirs[name].indices.clone()
-        book.values = nn.Parameter(theirs[name].values.detach().clone(), requires_grad=False)
+        book.indices, values = _reader(trained.module, name).settled(attribute(trained.module, name))
+        factor = factors.get(name)
+        values = values if factor is None else values * factor.unsqueeze(1)
+        book.values = nn.Parameter(values, requires_grad=False)

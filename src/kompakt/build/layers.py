@@ -5,14 +5,21 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from kompakt.numerics.binary import binary_weight, ternary_weight
-from kompakt.numerics.codebook import gather
+from kompakt.numerics.binary import (
+    adaptive_activation,
+    binary_weight,
+    sign_polynomial,
+    ternary_weight,
+    trained_ternary,
+)
+from kompakt.numerics.codebook import gather, nearest, project
 from kompakt.numerics.grid import (
     SMALLEST_SCALE,
     affine_params,
     fake_quantize,
     lsq_grad_scale,
     lsq_quantize,
+    nearest_power,
     ste_quantize,
 )
 from kompakt.spec import QuantSpec
@@ -48,7 +55,9 @@ class Quantizer(nn.Module):
     def parameters_for(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the scale and zero point to use for ``x``."""
         if self.grad_scale is not None:
-            return self.scale.clamp_min(SMALLEST_SCALE), self.zero_point
+            scale = self.scale.clamp_min(SMALLEST_SCALE)
+            # A power of two is the nearest one to the step that is learned; its gradient is the step's.
+            return scale + (nearest_power(scale, self.spec) - scale).detach(), self.zero_point
         if not self.spec.dynamic:
             return self.scale, self.zero_point
         low, high = x.detach().aminmax()
@@ -71,7 +80,7 @@ class Quantizer(nn.Module):
     def settled(self) -> tuple[Tensor, Tensor]:
         """Return the scale and the zero point as they ship: constants, the zero point an integer of the grid."""
         zero_point = self.zero_point.detach().round().clamp(self.spec.qmin, self.spec.qmax)
-        scale = self.scale.detach().clamp_min(SMALLEST_SCALE)
+        scale = nearest_power(self.scale.detach().clamp_min(SMALLEST_SCALE), self.spec)
         return scale.clone(), zero_point.to(torch.int32)
 
 
@@ -110,6 +119,90 @@ class Codebook(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """Return the shared values; ``weight``, which they replaced, is not looked at."""
         return gather(self.indices, self.values)
+
+    def settled(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the indices and the values as they ship."""
+        return self.indices.clone(), self.values.detach().clone()
+
+
+class Levels(nn.Module):
+    """Train a weight on fixed levels times learned scales (APoT); it ships as a ``Codebook``.
+
+    Args:
+        levels: (k,), rising, −1 to 1.
+        scale: (G, 1), one for each of G runs of outputs.
+        values: how many weights share a scale.
+    """
+
+    levels: Tensor
+
+    def __init__(self, levels: Tensor, scale: Tensor, values: int) -> None:
+        super().__init__()
+        self.register_buffer("levels", levels)
+        self.scale = nn.Parameter(scale)
+        self.grad_scale = (values * len(levels) / 2) ** -0.5
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the weight on its levels, with gradients for weight and scale."""
+        scale = self.scale.clamp_min(SMALLEST_SCALE)
+        return project(weight.reshape(len(scale), -1), scale, self.levels, self.grad_scale).reshape(weight.shape)
+
+    def settled(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the indices and the values (G, k) that ship."""
+        scale = self.scale.detach().clamp_min(SMALLEST_SCALE)
+        inside = (weight.detach().reshape(len(scale), -1) / scale).clamp(-1, 1)
+        return nearest(inside, self.levels).reshape(weight.shape), scale * self.levels
+
+
+class Ternary(nn.Module):
+    """Train a weight as −Wn, 0 or Wp, both learned; it ships as a ``Codebook``.
+
+    TTQ, Zhu et al. 2017, arXiv 1612.01064.
+
+    Args:
+        values: −Wn, 0, Wp: (G, 3).
+        threshold: as a share of the largest magnitude, (G, 1).
+    """
+
+    threshold: Tensor
+
+    def __init__(self, values: Tensor, threshold: Tensor) -> None:
+        super().__init__()
+        self.negative, self.positive = nn.Parameter(-values[:, :1]), nn.Parameter(values[:, 2:])
+        self.register_buffer("threshold", threshold)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the ternary weight, with the gradients of TTQ."""
+        rows = weight.reshape(len(self.positive), -1)
+        return trained_ternary(rows, self.positive, self.negative, self.threshold).reshape(weight.shape)
+
+    def settled(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the indices and the values (G, 3) that ship."""
+        rows = weight.detach().reshape(len(self.positive), -1)
+        limit = self.threshold * rows.abs().amax(1, keepdim=True)
+        indices = ((rows > limit).int() - (rows < -limit).int() + 1).to(torch.uint8)
+        ends = -self.negative.detach(), self.positive.detach()
+        return indices.reshape(weight.shape), torch.cat([ends[0], torch.zeros_like(ends[0]), ends[1]], dim=1)
+
+
+class TwoValues(nn.Module):
+    """Let an activation be one of two learned values: α·sign((x − β)/α) + β, β for each channel.
+
+    AdaBin, Tu et al. 2022, arXiv 2208.08084, with the threshold of each channel of ReActNet, Liu et al. 2020,
+    arXiv 2003.03488, and the gradient of Bi-Real Net, Liu et al. 2018, arXiv 1808.00278.
+
+    Args:
+        scale: α, ``()``.
+        shift: β, ``(C,)``.
+    """
+
+    def __init__(self, scale: Tensor, shift: Tensor) -> None:
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(scale), nn.Parameter(shift)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return one of two values for each of (N, C, ...)."""
+        return adaptive_activation(x, self.scale.clamp_min(SMALLEST_SCALE).reshape(1), self.shift, sign_polynomial)
 
 
 class BiasQuantizer(nn.Module):

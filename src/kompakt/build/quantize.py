@@ -6,13 +6,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, fx, nn
 
-from kompakt.build.layers import BiasQuantizer, Codebook, Quantizer
+from kompakt.build.layers import BiasQuantizer, Codebook, Quantizer, TwoValues
 from kompakt.errors import KompaktError, PlanError
 from kompakt.graph.calibrate import Stats
 from kompakt.graph.graph import LAYER_KINDS
 from kompakt.graph.trace import Capture, attribute, kind_of
-from kompakt.numerics.codebook import share
-from kompakt.numerics.grid import affine_params, saturation_scale, scale_for_bias
+from kompakt.numerics.codebook import LEVELS, share, share_levels, ternary_book
+from kompakt.numerics.grid import affine_params, saturation_scale, scale_for_bias, snapped
 from kompakt.numerics.ranges import ESTIMATORS, WEIGHT_RANGES, weight_range
 from kompakt.plan.plan import Plan, Quantize, Share
 from kompakt.spec import PerGroup
@@ -41,9 +41,8 @@ def quantize(capture: Capture, plan: Plan, stats: Stats, seed: int = 0) -> Captu
     for entry in _sources_first(entries):
         if entry.role == "activation":
             made[entry.tensor] = made[entry.like] if entry.like else _activation_quantizer(entry, stats)
-            _insert_after(
-                module, [_normed(module, nodes[entry.tensor])], entry.like or entry.tensor, made[entry.tensor]
-            )
+            sources, name = [_normed(module, nodes[entry.tensor])], entry.like or entry.tensor
+            _insert_after(module, sources, name, made[entry.tensor], layers_only=entry.spec.bits == 1)
     for entry in entries:
         if entry.role == "weight":
             weight = attribute(module, entry.tensor)
@@ -81,10 +80,19 @@ def _share(module: fx.GraphModule, entry: Share, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     weight = attribute(module, entry.tensor).detach()
     try:
-        made = Codebook(*share(weight, entry.bits, entry.granularity, entry.start, generator=generator))
+        made = Codebook(*_codebook(weight, entry, generator))
     except KompaktError as error:
         raise type(error)(f"{entry.tensor}: {error}") from None
     _insert_after(module, readers, entry.tensor, made)
+
+
+def _codebook(weight: Tensor, entry: Share, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return indices and values."""
+    if entry.grid == "free":
+        return share(weight, entry.bits, entry.granularity, entry.start, generator=generator)
+    if entry.grid == "ternary":
+        return ternary_book(weight, entry.granularity)
+    return share_levels(weight, LEVELS[entry.grid](entry.bits), entry.granularity)
 
 
 def _normed(module: fx.GraphModule, node: fx.Node) -> fx.Node:
@@ -150,15 +158,17 @@ def _weight_quantizer(entry: Quantize, weight: Tensor) -> Quantizer:
         raise type(error)(f"{entry.tensor}: {error}") from None
 
 
-def _insert_after(module: fx.GraphModule, nodes: Iterable[fx.Node], name: str, quantizer: nn.Module) -> None:
-    """Let all users of ``nodes`` read the quantized value instead."""
+def _insert_after(
+    module: fx.GraphModule, nodes: Iterable[fx.Node], name: str, quantizer: nn.Module, *, layers_only: bool = False
+) -> None:
+    """Let all users of ``nodes``, or those that are layers alone, read the quantized value instead."""
     key = name.replace(".", "_")
     folder = module.get_submodule(FOLDER)
     assert isinstance(folder, nn.ModuleDict)
     if key not in folder:
         folder[key] = quantizer
     for node in nodes:
-        users = list(node.users)
+        users = [user for user in node.users if not layers_only or kind_of(user) in LAYER_KINDS]
         with module.graph.inserting_after(node):
             rounded = module.graph.call_module(f"{FOLDER}.{key}", (node,))
         rounded.meta = dict(node.meta)
@@ -174,14 +184,16 @@ def _quantize_biases(module: fx.GraphModule) -> None:
         if kind_of(node) not in LAYER_KINDS or len(node.args) < 3 or node.args[2] is None:
             continue
         source, weight = quantizer_of(module, node.args[0]), quantizer_of(module, node.args[1])
-        if source is None or weight is None or source.spec.dynamic or isinstance(weight.spec.granularity, PerGroup):
+        if source is None or weight is None or source.spec.dynamic or source.spec.bits == 1:
+            continue
+        if isinstance(weight.spec.granularity, PerGroup):
             continue
         reader = node.args[2]
         if reader.op != "get_attr":
             continue  # computed at run time (Swin v2 masks the key's part): it stays float
         bias = attribute(module, str(reader.target))
         if weight.scale.ndim:
-            weight.scale = scale_for_bias(weight.scale, bias, source.scale)
+            weight.scale = snapped(scale_for_bias(weight.scale, bias, source.scale), weight.spec)
         key = f"{node.name}_bias"
         folder[key] = BiasQuantizer(source, weight)
         with module.graph.inserting_before(node):
@@ -202,6 +214,13 @@ def codebooks(module: fx.GraphModule) -> dict[str, Codebook]:
     calls = [node for node in module.graph.nodes if node.op == "call_module"]
     found = {str(node.args[0].target): module.get_submodule(str(node.target)) for node in calls if _on_weight(node)}
     return {name: made for name, made in found.items() if isinstance(made, Codebook)}
+
+
+def two_valued(module: fx.GraphModule) -> frozenset[str]:
+    """Return the names of the ops whose output layers read as one of two learned values."""
+    calls = [node for node in module.graph.nodes if node.op == "call_module"]
+    found = [node.args[0] for node in calls if isinstance(module.get_submodule(str(node.target)), TwoValues)]
+    return frozenset(node.args[0].name if _is_norm(module, node) else node.name for node in found)
 
 
 def _on_weight(node: fx.Node) -> bool:

@@ -25,7 +25,7 @@ from kompakt.graph.graph import Graph, Op, Value
 from kompakt.graph.trace import Capture, attribute
 from kompakt.numerics.bias import channel_means, corrected_bias
 from kompakt.numerics.codebook import share
-from kompakt.numerics.grid import affine_params, dequantize, saturation_scale, scale_for_bias
+from kompakt.numerics.grid import affine_params, dequantize, saturation_scale, scale_for_bias, snapped
 from kompakt.numerics.moments import Conv, cross_moment, second_moment
 from kompakt.numerics.ranges import weight_range
 from kompakt.numerics.rate_distortion import coarse
@@ -291,7 +291,7 @@ def _bias_scale(layer: _Layer, module: fx.GraphModule, scale: Tensor) -> Tensor:
     bias, source = _operand(layer.node, 2), quantizer_of(module, _operand(layer.node, 0))
     reader = _bias_reader(layer.node)
     if bias is not reader and reader is not None and source is not None and scale.ndim:
-        return scale_for_bias(scale, attribute(module, str(reader.target)), source.scale)
+        return snapped(scale_for_bias(scale, attribute(module, str(reader.target)), source.scale), layer.entry.spec)
     return scale
 
 

@@ -15,7 +15,7 @@ from kompakt.artifact.onnx import open_onnx
 from kompakt.artifact.targets import Target, runtime_of, target
 from kompakt.artifact.targets.onnxruntime import snippet
 from kompakt.build.prune import apply_prune
-from kompakt.cli.options import ModelOptions, OptionalDataOptions, RunOptions
+from kompakt.cli.options import Bits, ModelOptions, OptionalDataOptions, RunOptions
 from kompakt.cli.voice import speaking
 from kompakt.errors import InputError
 from kompakt.files import atomic_write, writable_folder
@@ -23,15 +23,20 @@ from kompakt.graph.fold import fold
 from kompakt.graph.trace import trace
 from kompakt.islands import measured
 from kompakt.measure.departure import Departure
+from kompakt.measure.resources import total
 from kompakt.measure.size import size_bytes
 from kompakt.measure.tune import tune
+from kompakt.methods.uniform import Knobs
 from kompakt.models import load_model, parse_arguments
 from kompakt.plan.plan import Plan
 from kompakt.report.numbers import bytes_text
 from kompakt.ship import PROOFS, Shipped, quantized, ship
 from kompakt.weights import load_weights
 
-To = Annotated[str, typer.Option("--to", help="onnxruntime, openvino, tensorrt, triton, executorch …")]
+To = Annotated[
+    str,
+    typer.Option("--to", help="onnxruntime, openvino, tensorrt, triton, executorch, litert, qonnx …"),
+]
 
 
 def export(
@@ -44,6 +49,9 @@ def export(
     calibration: Annotated[int, typer.Option(help="training examples to calibrate on", min=1)] = 512,
     proofs: Annotated[int, typer.Option(help="test examples on which the file is compared", min=1)] = PROOFS,
     tune_options: Annotated[bool, typer.Option("--tune", help="choose ONNX Runtime's options by measurement")] = False,
+    weight_bits: Annotated[int | None, Bits] = None,
+    activation_bits: Annotated[int | None, Bits] = None,
+    power_of_two: Annotated[bool, typer.Option("--power-of-two", help="scales 2^n, zero points 0")] = False,
 ) -> None:
     """Write MODEL (or a folder that compress wrote) for a runtime: float without --data, int8 with it."""
     chosen = target(to)
@@ -62,11 +70,12 @@ def export(
             examples = data.open(model, run)
             say("calibrating")
             part = examples.train.subset(min(calibration, len(examples.train)), seed=run.seed)
+            asked = Knobs(weight_bits=weight_bits, activation_bits=activation_bits, power_of_two=power_of_two)
             if tune_options:
-                made = measured(network, model.example(), chosen, part, seed=run.seed)
+                made = measured(network, model.example(), chosen, part, seed=run.seed, knobs=asked)
                 capture, left, islands = made.capture, made.left, made.why
             else:
-                capture, left = quantized(network, model.example(), chosen, part)
+                capture, left = quantized(network, model.example(), chosen, part, asked)
             proof = next(iter(examples.test.batches(proofs, limit=proofs)))[0]
             shipped = ship(capture, chosen, folder, left=left, proof=proof, say=say)
     _tell(_tuned(shipped, run, islands) if tune_options else shipped, chosen, folder, run)
@@ -156,6 +165,7 @@ def _tell(shipped: Shipped, chosen: Target, out: Path, run: RunOptions) -> None:
         "snippet": shipped.snippet,
         "options": shipped.options,
         "note": chosen.note,
+        "resources": {"layers": [asdict(item) for item in shipped.resources], "all": asdict(total(shipped.resources))},
     }
     text = json.dumps(found, indent=1)
     atomic_write(out / "export.json", text.encode())
@@ -175,6 +185,12 @@ def _tell(shipped: Shipped, chosen: Target, out: Path, run: RunOptions) -> None:
             typer.echo(f"options: {shipped.options['why']}; export.json shows how to open the file so")
         if shipped.departure.first:
             typer.echo(f"parity: {shipped.departure.first} is the first layer that departs from what was simulated")
+        if chosen.extra == "fpga":
+            need = total(shipped.resources)
+            typer.echo(
+                f"{need.multiplications:,} multiplications, {need.multipliers:,} weights of {need.memory_bits:,} bits: "
+                f"{need.bram18} blocks of 18 kbit; sums of up to {need.accumulator_bits} bits"
+            )
         if chosen.note:
             typer.echo(chosen.note)
         _list(shipped.findings, chosen)

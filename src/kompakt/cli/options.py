@@ -14,6 +14,7 @@ from kompakt.errors import InputError
 from kompakt.measure.accuracy import Metric
 from kompakt.models import load_model, parse_arguments
 
+Bits = typer.Option(help="default: the target's", min=1, max=8)
 MODEL_HELP = "package.module:callable, torchvision/NAME or timm/NAME"
 
 

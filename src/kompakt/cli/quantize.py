@@ -8,13 +8,11 @@ import typer
 from pydantic import ValidationError
 
 from kompakt.cli.compress import Out, run_job
-from kompakt.cli.options import DataOptions, ModelOptions, RunOptions
+from kompakt.cli.options import Bits, DataOptions, ModelOptions, RunOptions
 from kompakt.cli.training import TrainingOptions
 from kompakt.errors import InputError
 from kompakt.plan.plan import Plan
 from kompakt.plan.recipe import BudgetSection, QatSection, QuantizeSection, Recipe
-
-Bits = typer.Option(help="default: the target's", min=1, max=8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +41,7 @@ class IntegerOptions:
         ),
     ] = None
     packed: Annotated[bool, typer.Option("--packed", help="weights of up to 4 bits two to a byte (INT4)")] = False
+    power_of_two: Annotated[bool, typer.Option("--power-of-two", help="scales 2^n, zero points 0")] = False
 
     def keys(self) -> dict[str, Any]:
         """Return the recipe's keys."""
@@ -55,6 +54,9 @@ class FewBitsOptions:
 
     codebook: Annotated[int | None, typer.Option(help="share 2^bits values among the weights", min=1, max=8)] = None
     codebook_granularity: Annotated[Literal["tensor", "channel"], typer.Option(help="one codebook for each")] = "tensor"
+    codebook_grid: Annotated[
+        Literal["free", "apot", "power_of_two", "ternary"], typer.Option(help="which values a codebook may hold")
+    ] = "free"
     codebook_start: Annotated[
         Literal["linear", "density", "random", "exact"], typer.Option(help="where k-means begins")
     ] = "exact"

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from kompakt.artifact.onnx import open_onnx
 from kompakt.artifact.targets.openvino import open_openvino
 from kompakt.build.layers import Codebook, Quantizer
-from kompakt.build.quantize import codebooks, quantizers
+from kompakt.build.quantize import codebooks, quantizers, two_valued
 from kompakt.graph.trace import Capture, attribute
 from kompakt.measure.bench import op_times
 from kompakt.measure.parity import sqnr_db
@@ -37,7 +37,7 @@ def layer_table(
     """
     names = [op.name for op in original.graph.layers]
     before, after = outputs_of(original, inputs, names), outputs_of(quantized, inputs, names)
-    made, books = quantizers(quantized.module), codebooks(quantized.module)
+    made, books, two = quantizers(quantized.module), codebooks(quantized.module), two_valued(quantized.module)
     return tuple(
         Layer(
             name=op.module or op.name,
@@ -46,7 +46,7 @@ def layer_table(
             params=original.graph.tensor[str(op.ref("weight"))].numel,
             macs=op.macs,
             weight_bits=_weight_bits(made, books, op.ref("weight")),
-            activation_bits=_bits(made, op.ref("input")),
+            activation_bits=1 if op.ref("input") in two else _bits(made, op.ref("input")),
             weight_sqnr_db=_weight_sqnr(original, quantized, made, str(op.ref("weight"))),
             output_sqnr_db=_finite(sqnr_db(before[op.name], after[op.name])),
             latency_ms=times.get(op.name),

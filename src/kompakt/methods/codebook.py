@@ -7,6 +7,8 @@ from kompakt.errors import InputError
 from kompakt.graph.graph import Graph, Left
 from kompakt.plan.plan import Plan, Share
 
+TERNARY_BITS = 2
+
 
 @dataclass(frozen=True, kw_only=True)
 class Knobs:
@@ -16,6 +18,7 @@ class Knobs:
         bits: of an index; 2^bits values in a codebook.
         granularity: one codebook a tensor, or one a channel.
         start: where k-means begins; ``exact`` is the optimum.
+        grid: of the values, see ``kompakt.plan.plan.Share``; ``ternary`` has 2 bits.
         ends: bits of the first and the last layer; None as all others.
         keep: names of layers (ops) that stay float.
     """
@@ -23,6 +26,7 @@ class Knobs:
     bits: int
     granularity: Literal["tensor", "channel"] = "tensor"
     start: Literal["linear", "density", "random", "exact"] = "exact"
+    grid: Literal["free", "apot", "power_of_two", "ternary"] = "free"
     ends: int | None = None
     keep: frozenset[str] = frozenset()
 
@@ -40,6 +44,8 @@ def codebook(graph: Graph, knobs: Knobs) -> tuple[Plan, tuple[Left, ...]]:
     Raises:
         InputError: ``keep`` names a layer that the model has not, or leaves none.
     """
+    if knobs.grid == "ternary" and knobs.bits != TERNARY_BITS:
+        raise InputError(f"{knobs.bits} bits: ternary weights have three values, {TERNARY_BITS} bits; say codebook 2")
     names = [op.name for op in graph.layers]
     for name in sorted(knobs.keep):
         if name not in names:
@@ -50,8 +56,14 @@ def codebook(graph: Graph, knobs: Knobs) -> tuple[Plan, tuple[Left, ...]]:
     ends = {chosen[0].name, chosen[-1].name} if knobs.ends is not None else set()
     entries: dict[str, Share] = {}
     for op in chosen:
-        bits = knobs.ends if op.name in ends and knobs.ends is not None else knobs.bits
-        tensor = str(op.ref("weight"))
-        entries.setdefault(tensor, Share(tensor=tensor, bits=bits, granularity=knobs.granularity, start=knobs.start))
+        tensor, kept = str(op.ref("weight")), op.name in ends and knobs.ends is not None
+        made = Share(
+            tensor=tensor,
+            bits=(knobs.ends or knobs.bits) if kept else knobs.bits,
+            granularity=knobs.granularity,
+            start=knobs.start,
+            grid="free" if kept else knobs.grid,
+        )
+        entries.setdefault(tensor, made)
     left = [Left(name=graph.by_name[n].module or n, reason="kept in float by choice") for n in sorted(knobs.keep)]
     return Plan(entries=tuple(entries.values())), tuple(left)

@@ -20,6 +20,7 @@ class Knobs:
         bits: width by weight or op, before the two above; an op that only moves values has its source's.
         weight_range: ``minmax``, ``mse`` or ``lattice``; None takes ``mse`` below 8 bits.
         activation_range: a key of ``kompakt.numerics.ranges.ESTIMATORS``.
+        power_of_two: every scale is a power of two and every zero point 0, as integer accelerators want them.
         dynamic: activations of linear layers are quantized by each input's own range; convolutions stay float.
         keep: names of layers (ops) that stay float.
     """
@@ -30,6 +31,7 @@ class Knobs:
     bits: Mapping[str, int] = field(default_factory=dict)
     weight_range: str | None = None
     activation_range: str = "mse"
+    power_of_two: bool = False
     dynamic: bool = False
     keep: frozenset[str] = frozenset()
 
@@ -53,6 +55,9 @@ def uniform(graph: Graph, rules: Rules, knobs: Knobs = Knobs()) -> tuple[Plan, t
             raise InputError(f"{name}: the model has no such layer; its layers are {_some(graph)}")
     if knobs.dynamic:
         rules = replace(rules, layers=frozenset({"linear"}), joins=frozenset(), pools=frozenset())
+    if knobs.activation_bits == 1:
+        # One bit is for what a layer multiplies; sums and averages stay as they are (Bi-Real Net, ReActNet).
+        rules = replace(rules, joins=frozenset(), pools=frozenset(), needs_output=frozenset())
     weights = tuple(_weight(graph, rules, knobs, op.name) for op in integer_layers(graph, rules, knobs.keep))
     # A weight read by two layers is quantized once.
     entries = tuple(dict.fromkeys(weights)) + _activations(graph, rules, knobs)
@@ -67,6 +72,7 @@ def _weight(graph: Graph, rules: Rules, knobs: Knobs, name: str) -> Quantize:
     spec = with_bits(spec, knobs.bits.get(weight.name, knobs.weight_bits))
     if knobs.group_size is not None:
         spec = replace(spec, granularity=PerGroup(size=knobs.group_size), saturation_free=False)
+    spec = replace(spec, power_of_two=spec.power_of_two or knobs.power_of_two)
     estimator = knobs.weight_range or ("mse" if spec.bits < MAX_BITS else "minmax")
     return Quantize(tensor=weight.name, role="weight", spec=spec, range=estimator)
 
@@ -75,14 +81,19 @@ def _activations(graph: Graph, rules: Rules, knobs: Knobs) -> tuple[Quantize, ..
     sites = placed(graph, rules, knobs.keep)
 
     def spec(name: str) -> QuantSpec:
-        bits = knobs.bits.get(range_owner(sites, name), knobs.activation_bits)
-        return replace(with_bits(rules.activation, bits), dynamic=knobs.dynamic)
+        owner = range_owner(sites, name)
+        behind_relu = graph.by_name[owner].kind in ("relu", "relu6")
+        wanted = rules.positive if rules.positive is not None and behind_relu else rules.activation
+        found = replace(with_bits(wanted, knobs.bits.get(owner, knobs.activation_bits)), dynamic=knobs.dynamic)
+        return replace(found, power_of_two=True, signed=True, symmetric=True) if knobs.power_of_two else found
 
+    # A range that is taken from each input, or learned for each channel, belongs to one tensor that a layer reads.
+    alone = knobs.dynamic or knobs.activation_bits == 1
     estimator = "minmax" if knobs.dynamic else knobs.activation_range
     return tuple(
-        Quantize(tensor=name, role="activation", spec=spec(name), range=estimator, like=None if knobs.dynamic else like)
+        Quantize(tensor=name, role="activation", spec=spec(name), range=estimator, like=None if alone else like)
         for name, like in sites.items()
-        if not (knobs.dynamic and not _feeds_layer(graph, rules, name))
+        if not (alone and not _feeds_layer(graph, rules, name))
     )
 
 

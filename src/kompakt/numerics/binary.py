@@ -238,17 +238,17 @@ def ternary_weight(weight: Tensor, *, threshold: float = 0.7) -> Tensor:
     return weight + (expand(signs, scale).to(weight.dtype) - weight).detach()
 
 
-def trained_ternary(weight: Tensor, positive: Tensor, negative: Tensor, threshold: float = 0.05) -> Tensor:
+def trained_ternary(weight: Tensor, positive: Tensor, negative: Tensor, threshold: float | Tensor = 0.05) -> Tensor:
     """Ternarize weights to learned values: +Wp above Δ, −Wn below −Δ, else 0, with Δ = threshold·max|w|.
 
     TTQ, Zhu et al. 2017, arXiv:1612.01064: ∂L/∂Wp sums the gradients of the positive weights,
     ∂L/∂Wn those of the negative ones (with their sign), and ∂L/∂w is the gradient times Wp, 1 or Wn.
 
     Args:
-        weight: any shape, one layer.
-        positive: Wp, scalar tensor.
-        negative: Wn, scalar tensor.
-        threshold: t, 0 to 1.
+        weight: any shape, one layer; or rows (G, n), each with values of its own.
+        positive: Wp, scalar tensor, or (G, 1).
+        negative: Wn, scalar tensor, or (G, 1).
+        threshold: t, 0 to 1; one, or (G, 1).
 
     Returns:
         The shape of ``weight``.
@@ -272,8 +272,9 @@ class _Sign(torch.autograd.Function):
 
 class _TrainedTernary(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, positive: Tensor, negative: Tensor, threshold: float) -> Tensor:
-        limit = threshold * weight.abs().max()
+    def forward(ctx: Any, weight: Tensor, positive: Tensor, negative: Tensor, threshold: float | Tensor) -> Tensor:
+        magnitude = weight.abs()
+        limit = threshold * (magnitude.amax(1, keepdim=True) if positive.ndim else magnitude.max())
         above, below = weight > limit, weight < -limit
         ctx.save_for_backward(above, below, positive, negative)
         return above * positive - below * negative
@@ -283,7 +284,8 @@ class _TrainedTernary(torch.autograd.Function):
         above, below, positive, negative = ctx.saved_tensors
         grad = grads[0]
         slope = torch.where(above, positive, torch.where(below, negative, torch.ones_like(negative)))
-        return grad * slope, (grad * above).sum(), -(grad * below).sum(), None
+        sums = [(grad * part).sum_to_size(positive.shape) for part in (above, below)]
+        return grad * slope, sums[0], -sums[1], None
 
 
 def _rows(weight: Tensor, per: Per) -> Tensor:

@@ -248,6 +248,47 @@ def share_levels(
     return _nearest_rows(rows, codebook).reshape(weight.shape).to(weight.device), codebook.to(weight.device)
 
 
+def project(rows: Tensor, scale: Tensor, levels: Tensor, grad_scale: float = 1.0) -> Tensor:
+    """Put rows on the nearest of ``scale · levels`` in training, with the gradient of a learned step (LSQ, APoT).
+
+    With ``v = w / scale`` and ``p`` the level next to it, ``d out / d w`` is 1 where |v| ≤ 1, else 0, and
+    ``d out / d scale`` is ``p - v`` inside, ±1 outside. Li et al. 2020 (APoT), arXiv:1909.13144, §2.3; Esser et al.
+    2020 (LSQ), arXiv:1902.08153.
+
+    Args:
+        rows: (G, n).
+        scale: (G, 1), above 0.
+        levels: (k,), rising, −1 to 1.
+        grad_scale: factor on the gradient of the scale.
+
+    Returns:
+        (G, n).
+    """
+    scale = scale * grad_scale + (scale * (1 - grad_scale)).detach()
+    inside = (rows / scale).clamp(-1, 1)
+    found = levels[nearest(inside.detach(), levels).long()]
+    return (inside + (found - inside).detach()) * scale
+
+
+def ternary_book(
+    weight: Tensor, granularity: Literal["tensor", "channel"] = "tensor", threshold: float = 0.7
+) -> tuple[Tensor, Tensor]:
+    """Replace weights by indices into −Wn, 0 and Wp: the means of what lies beyond ±threshold · mean|w|.
+
+    The start of trained ternary quantization (TTQ, Zhu et al. 2017, arXiv:1612.01064) at the threshold of TWN
+    (Li et al. 2016, arXiv:1605.04711).
+
+    Returns:
+        Indices 0 to 2, uint8, the shape of ``weight``; codebooks (G, 3), rising.
+    """
+    rows, _ = _checked(_book_rows(weight, granularity, 1), None)
+    limit = threshold * rows.abs().mean(1, keepdim=True)
+    signs = (rows > limit).int() - (rows < -limit).int()
+    ends = [(rows.abs() * (signs == sign)).sum(1) / (signs == sign).sum(1).clamp_min(1) for sign in (-1, 1)]
+    books = torch.stack([-ends[0], torch.zeros_like(ends[0]), ends[1]], dim=1).to(weight.dtype)
+    return (signs + 1).to(torch.uint8).reshape(weight.shape).to(weight.device), books.to(weight.device)
+
+
 def _scale_error(ordered: SortedRows, grid: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """The error of the grid (k,) at scales (G, 1), and the scales that fit its assignment best, both (G, 1)."""
     levels = scale * grid

@@ -80,8 +80,9 @@ def affine_params(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, T
 
     Symmetric: ``scale = max(low / (qmin - z), high / (qmax - z))`` with ``z`` 0 (signed) or the middle
     of the range (unsigned). Affine: ``scale = (high - low) / (qmax - qmin)`` and
-    ``z = clamp(round(qmin - low / scale))``. A range without 0 is widened to it; one so small that its
-    scale would be under 2^-60 gets the scale 2^-16, which leaves room for an int32 bias.
+    ``z = clamp(round(qmin - low / scale))``. Where the spec asks for it, the scale is the next power of two.
+    A range without 0 is widened to it; one so small that its scale would be under 2^-60 gets the scale 2^-16,
+    which leaves room for an int32 bias.
 
     Args:
         low: smallest values, any shape.
@@ -102,9 +103,9 @@ def affine_params(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, T
     if spec.symmetric:
         middle = 0 if spec.signed else 2 ** (spec.bits - 1)
         wide = torch.maximum(lowest / (spec.qmin - middle), highest / max(spec.qmax - middle, 1))
-        scale = _usable(wide)
+        scale = snapped(_usable(wide), spec)
         return scale, torch.full_like(scale, middle, dtype=torch.int32)
-    scale = _usable((highest - lowest) / (spec.qmax - spec.qmin))
+    scale = snapped(_usable((highest - lowest) / (spec.qmax - spec.qmin)), spec)
     zero_point = torch.round(spec.qmin - lowest / scale.double()).clamp(spec.qmin, spec.qmax)
     return scale, zero_point.to(torch.int32)
 
@@ -112,6 +113,19 @@ def affine_params(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, T
 def _usable(scale: Tensor) -> Tensor:
     usable = torch.where(scale < SMALLEST_SCALE, ZERO_RANGE_SCALE, scale)
     return usable.clamp(max=LARGEST_FLOAT).float()
+
+
+def snapped(scale: Tensor, spec: QuantSpec) -> Tensor:
+    """Return the smallest power of two that is no less than each scale where the spec asks for it, else the scales."""
+    if not spec.power_of_two:
+        return scale
+    mantissa, exponent = torch.frexp(scale.double())
+    return torch.exp2((exponent - (mantissa == 0.5).int()).double()).clamp(max=2.0**127).float()
+
+
+def nearest_power(scale: Tensor, spec: QuantSpec) -> Tensor:
+    """Return the power of two next to each scale, by ratio, where the spec asks for it, else the scales."""
+    return snapped(scale * 2**-0.5, spec) if spec.power_of_two else scale
 
 
 def scale_for_bias(scale: Tensor, bias: Tensor, input_scale: Tensor) -> Tensor:
@@ -305,7 +319,7 @@ def saturation_scale(w: Tensor, spec: QuantSpec, scale: Tensor | None = None, ax
     count = min(2, flat.shape[1])
     ends = torch.cat([flat.topk(count, dim=1).values, flat.topk(count, dim=1, largest=False).values], dim=1)
     least = scale.float().expand(flat.shape[0])
-    found = _smallest(ends, least, spec)
+    found = snapped(_smallest(ends, least, spec), spec)
     return found if scale.ndim else found.max()
 
 

@@ -88,12 +88,22 @@ class Sparsify:
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """Replace weights by indices into a codebook of 2^bits values."""
+    """Replace weights by indices into a codebook of 2^bits values.
+
+    Args:
+        tensor: a parameter's qualified name.
+        bits: of an index.
+        granularity: one codebook for the tensor, or one for each output.
+        start: where k-means begins, which finds ``free`` values.
+        grid: ``free`` values; or the fixed ``apot`` and ``power_of_two`` levels times one scale; or ``ternary``, two
+            values and 0 (2 bits).
+    """
 
     tensor: str
     bits: int
     granularity: Literal["tensor", "channel"] = "tensor"
     start: Literal["linear", "density", "random", "exact"] = "exact"
+    grid: Literal["free", "apot", "power_of_two", "ternary"] = "free"
     kind: Literal["share"] = "share"
 
 

@@ -28,6 +28,7 @@ class QuantizeSection(Section):
     of every layer among ``widths``. ``rate`` chooses steps and integers so that the coded file is small: nats of
     divergence from the model's predictions that a bit may cost (``kompakt.build.rate``). ``keep_ends`` holds the
     first and the last layer at 8 bits.
+    ``power_of_two`` makes every scale 2ⁿ and every zero point 0.
     """
 
     weight_bits: int | None = Field(default=None, ge=1, le=8)
@@ -35,6 +36,7 @@ class QuantizeSection(Section):
     group_size: int | None = Field(default=None, ge=1)
     codebook: int | None = Field(default=None, ge=1, le=8)
     codebook_granularity: Literal["tensor", "channel"] = "tensor"
+    codebook_grid: Literal["free", "apot", "power_of_two", "ternary"] = "free"
     codebook_start: Literal["linear", "density", "random", "exact"] = "exact"
     average_bits: float | None = Field(default=None, ge=1, le=8)
     average_activation_bits: float | None = Field(default=None, ge=1, le=8)
@@ -45,6 +47,7 @@ class QuantizeSection(Section):
     rate: float | None = Field(default=None, gt=0)
     keep_ends: bool = False
     packed: bool = False
+    power_of_two: bool = False
     weight_range: Literal["minmax", "mse"] | None = None
     activation_range: Literal["minmax", "moving", "percentile", "mse", "kl"] = "mse"
     dynamic: bool = False

@@ -22,6 +22,7 @@ class Rules:
         weight: integers of a layer's weight.
         weight_depthwise: integers of a depthwise convolution's weight, whose kernels sum in int32.
         activation: integers of activations.
+        positive: integers of activations that come from a ReLU; None takes those of all others.
         layers: layer kinds with an integer kernel.
         needs_output: the layer kinds whose integer kernel needs a quantized output too.
         joins: ops of several inputs with an integer kernel.
@@ -34,6 +35,7 @@ class Rules:
     weight: QuantSpec
     weight_depthwise: QuantSpec
     activation: QuantSpec
+    positive: QuantSpec | None = None
     layers: frozenset[str] = frozenset({"conv2d", "linear"})
     needs_output: frozenset[str] = frozenset({"conv2d"})
     joins: frozenset[str] = frozenset({"add", "cat", "mul"})

@@ -2,14 +2,15 @@
 
 from pathlib import Path
 
-from kompakt.artifact.targets import executorch, litert, onnxruntime, openvino, tensorrt, torch, triton
+from kompakt.artifact.targets import executorch, hls4ml, litert, onnxruntime, openvino, qonnx, tensorrt, torch, triton
 from kompakt.artifact.targets.target import Export, Runtime, Target
 from kompakt.errors import InputError
 
 __all__ = ["TARGETS", "Export", "Runtime", "Target", "runtime_of", "target"]
 
 TARGETS: dict[str, Target] = {
-    module.TARGET.name: module.TARGET for module in (onnxruntime, openvino, tensorrt, triton, executorch, litert, torch)
+    module.TARGET.name: module.TARGET
+    for module in (onnxruntime, openvino, tensorrt, triton, executorch, litert, torch, qonnx, hls4ml)
 }
 
 

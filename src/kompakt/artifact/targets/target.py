@@ -46,6 +46,11 @@ def no_checks(path: Path) -> tuple[Finding, ...]:
     return ()
 
 
+def as_it_is(capture: Capture) -> Capture:
+    """Change nothing."""
+    return capture
+
+
 @dataclass(frozen=True, kw_only=True)
 class Target:
     """A runtime: what it runs in integers, how its artifact is written, opened and checked.
@@ -58,6 +63,7 @@ class Target:
         snippet: how to run the artifact, with fields ``file`` and ``shape``.
         check: reads off a file what would go wrong in this runtime.
         inside: shows the values inside an artifact, where the runtime can.
+        prepare: changes the folded float model before it is quantized, where the target lacks an operator.
         convert: writes the artifact from an ONNX file of kompakt's, where the target takes one.
         extra: the extra of kompakt that installs what it needs; empty where nothing is needed.
         modules: the modules that the extra must bring.
@@ -71,6 +77,7 @@ class Target:
     snippet: str
     check: Callable[[Path], tuple[Finding, ...]] = no_checks
     inside: Inside | None = None
+    prepare: Callable[[Capture], Capture] = as_it_is
     convert: Callable[[Path, Path], Path] | None = None
     extra: str = ""
     modules: tuple[str, ...] = ()
