@@ -14,10 +14,10 @@ last line above fits the layer on top of the encoder and writes ``minilm.safeten
     kompakt compress MODEL DATA --max-drop 1.0 --out static
     kompakt quantize MODEL DATA --dynamic --out dynamic
     kompakt prune MODEL DATA --fewer-params 1.2 --criterion taylor_sum_abs --allocation knapsack \\
-        --ignore "*.out" --ignore "*.down" --ignore "words" --ignore "places" --out pruned
+        --ignore "*.out" --out pruned
     kompakt pack static -o minilm.kpk
 
-Only what is inside a block may go: the layers that write to the residual stream are ignored, whole heads fall.
+Only what is inside a block may go: ``--ignore`` keeps the residual stream, which ``*.out`` writes to; whole heads fall.
 """
 
 import argparse
