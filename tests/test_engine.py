@@ -60,7 +60,7 @@ def test_the_plan_of_a_search_ends_and_finds_the_largest_factor(slope, bits, tau
         return steep * (choice.fewer_macs - 1) + bits * choice.rate / 1e-7
 
     tried = walk(truth, space)
-    assert tried[0] == Choice(step_back=True)
+    assert tried[0] == Choice()
     inside = [choice for choice in tried if truth(choice) <= 1]
     best = max(choice.fewer_macs for choice in inside)
     assert truth(Choice(fewer_macs=min(space.most, 1.2 * best), epochs=3)) > 1 or best == space.most or taught == 0

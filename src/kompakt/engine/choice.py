@@ -14,14 +14,17 @@ class Choice:
         drop_blocks: residual blocks replaced by the identity.
         rate: nats of divergence that a bit of the coded weights may cost; 0 rounds to nearest.
         epochs: of training after pruning, the original as teacher.
-        step_back: whether layers go back to float until the budget holds.
     """
 
     fewer_macs: float = 1.0
     drop_blocks: int = 0
     rate: float = 0.0
     epochs: int = 0
-    step_back: bool = False
+
+    @property
+    def step_back(self) -> bool:
+        """Whether layers go back to float until the budget holds: where integers are all that is done."""
+        return self == Choice()
 
     def __str__(self) -> str:
         parts = [f"{self.fewer_macs:g}× fewer MACs"] if self.fewer_macs > 1 else []

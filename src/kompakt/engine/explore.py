@@ -202,7 +202,8 @@ def _space(job: Job, asked: Asked, ledger: Ledger) -> tuple[Space, float]:
     job.say("timing a step of training")
     seconds = epoch_seconds(job)
     if not epochs and asked.minutes is not None:
-        epochs = int(asked.minutes * 60 * TRAINED_SHARE / TRAINED / (seconds / HALVED))
+        affordable = asked.minutes * 60 * TRAINED_SHARE / (seconds / HALVED)
+        epochs = max(int(affordable / TRAINED), int(affordable >= 1))
     example = next(iter(job.data.train.batches(2, limit=2)))[0]
     blocks = min(2, len(residual_blocks(trace(job.model, example).graph)))
     space = Space(

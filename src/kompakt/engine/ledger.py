@@ -136,7 +136,6 @@ def _suggest(trial: Trial, space: Space) -> Choice:
         drop_blocks=trial.suggest_int("drop_blocks", 0, space.blocks),
         rate=trial.suggest_categorical("rate", rates),
         epochs=trial.suggest_int("epochs", 0, space.epochs, step=max(space.epochs, 1)),
-        step_back=trial.suggest_categorical("step_back", (False, True)),
     )
 
 

@@ -52,7 +52,7 @@ def propose(drops: Mapping[Choice, float], space: Space) -> Choice | None:
 
     Example:
         >>> propose({}, Space(max_drop=1.0))
-        Choice(fewer_macs=1.0, drop_blocks=0, rate=0.0, epochs=0, step_back=True)
+        Choice(fewer_macs=1.0, drop_blocks=0, rate=0.0, epochs=0)
     """
     try:
         _search(drops, space)
@@ -73,7 +73,7 @@ def _search(drops: Mapping[Choice, float], space: Space) -> None:
             return False
         if space.objective != "latency":
             for rate in RATES:
-                if not keeps(replace(choice, rate=rate, step_back=False)):
+                if not keeps(replace(choice, rate=rate)):
                     break
         return True
 
@@ -88,7 +88,7 @@ def _search(drops: Mapping[Choice, float], space: Space) -> None:
                 high = ratio
         return low
 
-    narrow(Choice(step_back=True))
+    narrow(Choice())
     free = climb(1.0, 0)
     if space.epochs:
         best = climb(free, space.epochs)
