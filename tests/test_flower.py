@@ -185,7 +185,7 @@ def test_the_example_runs_and_leaves_no_process(mode: str, tmp_path: Path) -> No
     command = [sys.executable, "-m", "examples.federated_flower.run", "--out", str(tmp_path / "out"), "--rounds", "2"]
     command += ["--deployment"] if mode == "deployment" else []
     paths = os.pathsep.join([str(Path(kompakt.__file__).parents[1]), str(ROOT)])
-    environment = os.environ | {"PYTHONPATH": paths, "TMPDIR": str(tmp_path)}
+    environment = os.environ | {"PYTHONPATH": paths, "STARTED_BY": str(tmp_path)}  # found again in what is left running
     found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False)
     assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-3000:]
     account = json.loads((tmp_path / "out" / "federated.json").read_text())
