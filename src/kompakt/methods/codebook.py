@@ -1,6 +1,6 @@
 """Choose codebooks: every layer's weights become indices into a few shared values."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from kompakt.errors import InputError
@@ -56,9 +56,8 @@ def codebook(graph: Graph, knobs: Knobs) -> tuple[Plan, tuple[Left, ...]]:
     ends = {chosen[0].name, chosen[-1].name} if knobs.ends is not None else set()
     entries: dict[str, Share] = {}
     for op in chosen:
-        tensor, kept = str(op.ref("weight")), op.name in ends and knobs.ends is not None
-        bits, grid = (knobs.ends or knobs.bits, "free") if kept else (knobs.bits, knobs.grid)
-        made = Share(tensor=tensor, bits=bits, granularity=knobs.granularity, start=knobs.start, grid=grid)
-        entries.setdefault(tensor, made)
+        tensor, kept = str(op.ref("weight")), op.name in ends
+        made = Share(tensor=tensor, bits=knobs.bits, granularity=knobs.granularity, start=knobs.start, grid=knobs.grid)
+        entries.setdefault(tensor, replace(made, bits=knobs.ends, grid="free") if kept and knobs.ends else made)
     left = [Left(name=graph.by_name[n].module or n, reason="kept in float by choice") for n in sorted(knobs.keep)]
     return Plan(entries=tuple(entries.values())), tuple(left)
