@@ -87,7 +87,7 @@ def test_groups_ship_as_integers_and_run_as_simulated(make: Any, bits: int, size
     made = quantize(folded, Plan(entries=tuple(packed)), stats)
     path = export_onnx(made, tmp_path / "m.onnx")
     model = onnx.load(str(path))
-    blocked = [n for n in model.graph.node if any(a.name == "block_size" for a in n.attribute)]
+    blocked = [n for n in model.graph.node if any(a.name == "block_size" and a.i > 0 for a in n.attribute)]
     stored = {item.name: item.data_type for item in model.graph.initializer}
     kind = onnx.TensorProto.INT4 if bits == 4 else onnx.TensorProto.INT8
     assert [stored[node.input[0]] for node in blocked] == [kind] * 2
@@ -189,7 +189,8 @@ def test_one_bit_of_activations_is_two_learned_values_that_only_layers_read(tmp_
         assert all(len(seen[:, channel].unique()) == 2 for channel in range(seen.shape[1]))
     with torch.no_grad():
         trained, wanted = made.module(X), ships.module(X)
-    assert float((trained - wanted).abs().max()) < 0.1 * float(trained.abs().max()) + 0.05
+    # A sum that lies on the threshold may fall to either side once the batch norm is folded.
+    assert float(((trained - wanted).abs() < 1e-3 * float(trained.abs().max()) + 1e-4).float().mean()) > 0.9
     runtime = torch.from_numpy(open_onnx(export_onnx(ships, tmp_path / "m.onnx"))(X.numpy()))
     assert float(((runtime - wanted).abs() < 1e-3 * float(wanted.abs().max()) + 1e-4).float().mean()) > 0.98
 
@@ -276,7 +277,7 @@ def test_prune_teacher_training_and_integers_compose_and_the_text_names_no_round
     assert "storage only" in text
     assert {layer.weight_bits for layer in found.layers} == {2}
     kinds = {entry.kind for entry in Plan.read(tmp_path / "plan.json").entries}
-    assert kinds == {"prune", "quantize"}
+    assert kinds == {"prune", "mend", "quantize"}
 
 
 def test_prune_teacher_and_a_trained_codebook_compose(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def export(
     folder, islands = writable_folder(out), ""
     with speaking(run) as say:
         if data.data is None:
-            shipped = ship(fold(trace(network, model.example())), chosen, folder, say=say)
+            shipped = ship(chosen.prepare(fold(trace(network, model.example()))), chosen, folder, say=say)
         else:
             examples = data.open(model, run)
             say("calibrating")
