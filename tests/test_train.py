@@ -3,6 +3,7 @@
 import copy
 import math
 import random
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -378,3 +379,12 @@ def test_evaluate_counts_right_answers():
     assert model.training
     with pytest.raises(InputError, match="no batch"):
         evaluate(model, [])
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler: TorchInductor needs one")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of the compiler's own modules
+def test_a_compiled_step_trains_alike():
+    plain, compiled = toy_net(dropout=0), toy_net(dropout=0)
+    train(plain, toy_loader(), replace(PLAIN, epochs=1))
+    train(compiled, toy_loader(), replace(PLAIN, epochs=1, compile=True))
+    assert torch.allclose(weights(plain), weights(compiled), atol=1e-4)

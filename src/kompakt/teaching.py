@@ -32,6 +32,7 @@ def settings(section: FinetuneSection, out: Path, model: nn.Module, seed: int) -
         learning_rate=section.learning_rate,
         warmup_epochs=min(1.0, section.epochs / 4),
         channels_last=section.channels_last,
+        compile=section.compile,
         seed=seed,
         checkpoint=place,
         checkpoint_every=CHECKPOINT_STEPS,

@@ -45,6 +45,8 @@ class Run:
         self.names = ("task", *term_names(student.objective), *(("regularizer",) if regularizers else ()))
         self.identity = {**settings.identity(), "steps": loader.steps, "objective": repr(student.objective)}
         self.wrapped, self.optimizer = self._prepared()
+        self.compiled = torch.compile(self.wrapped, dynamic=False) if settings.compile else self.wrapped
+        self.usual: torch.Size | None = None  # the shape of inputs that the step is compiled for
         self.average = {k: v.detach().clone() for k, v in student.state_dict().items()} if settings.ema else {}
         self.history: list[EpochRecord] = []
         self.step = self.resumed_at = 0
@@ -118,7 +120,9 @@ class Run:
         rate = learning_rate_at(self.settings, self.step, self.loader.steps * self.settings.epochs)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        output, losses = self._losses(self.wrapped, inputs, labels)
+        self.usual = self.usual or inputs.shape
+        student = self.compiled if inputs.shape == self.usual else self.wrapped
+        output, losses = self._losses(student, inputs, labels)
         weights = self.student.objective.weights_at(epoch, self.settings.epochs)
         data_loss = torch.stack([w * loss for w, loss in zip(weights, losses, strict=True)]).sum()
         if self.regularizers:

@@ -33,6 +33,9 @@ class TrainSettings:
         clip_norm: the gradient's largest norm; None does not clip.
         precision: ``bf16`` runs forward and backward under autocast; weights stay float32.
         channels_last: lay images and kernels out as NHWC during the run.
+        compile: compile the training step with ``torch.compile`` (TorchInductor; on a CPU it needs a C++ compiler).
+            Pays from a few hundred steps on. Batches of another shape than the first, such as an epoch's last,
+            and validation run uncompiled.
         freeze_bn: leave batch norms in inference mode (their statistics do not move).
         shard: split parameters and optimizer states between the processes (FSDP) instead of keeping them
             whole on each (DDP): for a model larger than one device. Regularizers and ``after_step`` see
@@ -56,6 +59,7 @@ class TrainSettings:
     clip_norm: float | None = None
     precision: Literal["no", "bf16"] = "no"
     channels_last: bool = False
+    compile: bool = False
     freeze_bn: bool = False
     shard: bool = False
     ema: float | None = None

@@ -20,6 +20,7 @@ class TrainingOptions:
         list[str] | None, typer.Option(help="who teaches beside the labels: original, none or an ONNX file")
     ] = None
     temperature: Annotated[float, typer.Option(help="of the soft targets")] = 4.0
+    compile: Annotated[bool, typer.Option("--compile", help="compile the step: for runs of many minutes")] = False
     checkpoint: Annotated[bool, typer.Option("--checkpoint", help="go on where a stopped run was")] = False
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="write OUT/tensorboard")] = False
 
@@ -38,6 +39,7 @@ class TrainingOptions:
             augment=self.augment,
             teacher=tuple(self.teacher or ("original",)),
             temperature=self.temperature,
+            compile=self.compile,
             checkpoint=self.checkpoint,
             tensorboard=self.tensorboard,
         )

@@ -123,7 +123,7 @@ class FinetuneSection(Section):
     soft targets at ``temperature`` where it says nothing. ``teacher`` is ``original``, ``none``, an ONNX file, or
     several of them, mixed evenly. ``rate`` trains weights as the integers that the file will hold: so many nats of
     the loss are worth a bit of it (``kompakt.numerics.priced``). With ``checkpoint`` a run that was stopped goes on
-    from where it was.
+    from where it was. ``compile`` compiles the step of the training (``TrainSettings.compile``).
     """
 
     epochs: int = Field(default=0, ge=0)
@@ -132,6 +132,7 @@ class FinetuneSection(Section):
     examples: int | None = Field(default=None, ge=1)
     augment: Literal["none", "flip", "crop_and_flip"] = "none"
     channels_last: bool = False
+    compile: bool = False
     teacher: str | tuple[str, ...] = "original"
     distill: float = Field(default=0.5, ge=0, le=1)
     temperature: float = Field(default=4.0, gt=0)
