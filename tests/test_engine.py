@@ -21,6 +21,7 @@ from torch import nn
 
 from kompakt.artifact.targets import target
 from kompakt.build.train import TrainSettings, shuffled, train
+from kompakt.cli.pick import pick_command
 from kompakt.data import Data
 from kompakt.engine.candidate import all_tried, folder_of
 from kompakt.engine.choice import Choice
@@ -414,3 +415,8 @@ def journal(out: Path) -> optuna.Study:
     """Open a study as anybody would, optuna-dashboard among them."""
     storage = JournalStorage(JournalFileBackend(str(out / "study.journal")))
     return optuna.load_study(study_name="kompakt", storage=storage)
+
+
+def test_picking_from_a_folder_without_a_search_says_what_is_expected(tmp_path):
+    with pytest.raises(InputError, match="holds no candidates; expected the folder of kompakt compress --effort"):
+        pick_command(tmp_path)

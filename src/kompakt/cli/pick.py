@@ -28,7 +28,7 @@ def pick_command(
     The figures are those of the validation split; `kompakt compress MODEL --recipe OUT/recipe.toml` makes the same
     artifact again and measures it on the test split.
     """
-    found = Result.read(folder / "result.json").candidates
+    found = Result.read(folder / "result.json").candidates if (folder / "result.json").exists() else ()
     if not found:
         raise InputError(f"{folder}: holds no candidates; expected the folder of kompakt compress --effort")
     if point is None:
