@@ -24,14 +24,12 @@ from benchmarks.prune_table import Cells
 
 RESULTS = ROOT / "benchmarks" / "results" / "distill"
 PEER = ("soft targets", "attention")
-STARTED = ("alone", "soft targets")
-"""Rows that are trained from the teacher's weights too."""
 
 
 def rows(without: list[str]) -> list[tuple[str, str, str]]:
     """Return (tool, row, start), the most telling first."""
     random = [("kompakt", row, "random") for row in LOGITS]
-    teacher = [("kompakt", row, "teacher") for row in STARTED]
+    teacher = [("kompakt", row, "teacher") for row in LOGITS]
     peer = [("torchdistill", row, "random") for row in PEER]
     return [item for item in (*random, *teacher, *peer) if not any(part in item for part in without)]
 

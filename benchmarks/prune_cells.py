@@ -36,6 +36,7 @@ from kompakt.methods.channels import Knobs, channels
 from kompakt.methods.scores import Scoring, unit_scores
 from kompakt.methods.sensitivity import measured_drops
 from kompakt.plan.plan import Plan
+from kompakt.teachers import onnx_teacher
 
 BATCH = 100
 RECONSTRUCT_EXAMPLES = 256
@@ -47,6 +48,7 @@ OURS: dict[str, tuple[str, dict[str, Any], str, bool]] = {
     "uniform-l2-unfolded-inner": ("uniform", {"criterion": "l2", "folded": False}, "inner", True),
     "global-l2-unfolded-inner": ("global", {"criterion": "l2", "folded": False}, "inner", True),
     "uniform-l2-all": ("uniform", {"criterion": "l2"}, "all", True),
+    "uniform-l2-unfolded-all": ("uniform", {"criterion": "l2", "folded": False}, "all", True),
     "uniform-geometric_median-inner": ("uniform", {"criterion": "geometric_median"}, "inner", True),
     "uniform-bn_scale-inner": ("uniform", {"criterion": "bn_scale"}, "inner", True),
     "uniform-taylor-inner": ("uniform", {"criterion": "taylor"}, "inner", True),
@@ -239,6 +241,7 @@ def tuned(
         learning_rate=tuning.learning_rate,
         warmup_epochs=min(1.0, tuning.epochs / 4),
         channels_last=SUBJECTS[bench.name].channels_last,
+        compile=SUBJECTS[bench.name].compile,
         seed=seed,
         checkpoint=bench.folder / "checkpoints" / label,
         checkpoint_every=100,
@@ -247,7 +250,8 @@ def tuned(
     loader = shuffled(bench.data.train, tuning.batch_size, seed=seed, augment=crop_and_flip)
     start = time.perf_counter()
     with suppress(Enough):
-        teachers = {"objective": tuning.objective(), "teachers": (Teacher(model=bench.model),)} if taught else {}
+        who = (Teacher(model=onnx_teacher(_float_file(bench))),) if taught else ()
+        teachers = {"objective": tuning.objective(), "teachers": who} if taught else {}
         train(model, loader, settings, hooks=Hooks(after_step=(watch,), progress=False), **teachers)
     seconds = time.perf_counter() - start
     file = export_onnx(fold(trace(model.eval(), example(bench.name))), bench.folder / f"{label}.onnx")

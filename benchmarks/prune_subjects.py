@@ -29,12 +29,14 @@ class Subject:
         stream: layers whose outputs are added up; left whole where only a block's inside is pruned.
         ends: the same as torch-pruning needs them: every layer that writes to the residual stream.
         channels_last: the layout that it trains faster in here.
+        compile: whether the step of its training is compiled, which changes time alone.
     """
 
     size: int
     stream: tuple[str, ...]
     ends: tuple[str, ...]
     channels_last: bool = False
+    compile: bool = False
 
 
 SUBJECTS = {
@@ -43,6 +45,7 @@ SUBJECTS = {
         stream=("conv1", "layer2.0.conv2", "layer3.0.conv2"),
         ends=("conv1", *(f"layer{stage}.{block}.conv2" for stage in (1, 2, 3) for block in range(3))),
         channels_last=True,
+        compile=True,
     ),
     "resnet18": Subject(
         size=48,
