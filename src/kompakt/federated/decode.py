@@ -6,9 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kompakt.coding.wire import Cursor
 from kompakt.errors import FormatError
+from kompakt.federated.grid import grid_of
 from kompakt.federated.layout import Layout, State, hash_state, layout_of, message_pieces
 from kompakt.federated.message import WHERE, Header, read_blocks, read_header
+from kompakt.federated.sparse import read_sparse
 from kompakt.federated.values import STEP_BIAS, apply_integer, apply_statistic, apply_weight
 from kompakt.numerics.updates import LEAST_STEP, MOST_STEP, keep_random
 
@@ -34,9 +37,10 @@ def decode_update(data: bytes, base: State) -> dict[str, Tensor]:
     header, cursor = read_header(data, size)
     if header.base != hash_state(base):
         raise FormatError(f"{WHERE}: made for another base (its hash differs); send the current state and ask again")
-    held = message_pieces(base, layout, header.places)
+    held = message_pieces(base, layout, header.places, sparse=header.sparse)
+    weights = dict(zip(layout.weights, _sparse(base, layout, cursor), strict=True)) if header.sparse else {}
     arrays = _Arrays(read_blocks(cursor, held))
-    found = dict(zip(layout.weights, _weights(base, layout, header, arrays), strict=True))
+    found = weights or dict(zip(layout.weights, _weights(base, layout, header, arrays), strict=True))
     for name in layout.statistics:
         found[name] = apply_statistic(name, base, arrays.like(base[name]), header.shift)
     for name in layout.integers:
@@ -74,10 +78,32 @@ class _Arrays:
             raise FormatError(f"{WHERE}: more values than the base has; the update is refused")
 
 
-def _weights(base: State, layout: Layout, header: Header, arrays: _Arrays) -> Iterator[Tensor]:
-    steps = [int(code) - STEP_BIAS for code in arrays.flat(len(layout.weights))]
+def _sparse(base: State, layout: Layout, cursor: Cursor) -> Iterator[Tensor]:
+    """The weights of a sparse message."""
+    section = Cursor(cursor.take(cursor.varint(cursor.left, "the length of the weights")), WHERE)
+    shared = section.u8(1, "whether the step is shared")
+    steps = [section.fixed(2) for _ in range(1 if shared else len(layout.weights))] * (
+        len(layout.weights) if shared else 1
+    )
+    grid = grid_of(tuple(tuple(base[name].shape) for name in layout.weights))
+    places, values = read_sparse(section, grid)
+    section.end()
+    codes = torch.zeros(int(grid.sizes.sum()), dtype=torch.int16)
+    codes[torch.from_numpy(places)] = torch.from_numpy(values.astype(np.int16))
+    checked = _steps(np.array(steps, np.int64))
+    for name, step, part in zip(layout.weights, checked, codes.split(grid.sizes.tolist()), strict=True):
+        yield apply_weight(base[name], part.reshape(base[name].shape), step)
+
+
+def _steps(codes: np.ndarray) -> list[int]:
+    steps = [int(code) - STEP_BIAS for code in codes]
     if not all(LEAST_STEP <= step <= MOST_STEP for step in steps):
         raise FormatError(f"{WHERE}: a step is out of range; the update is refused")
+    return steps
+
+
+def _weights(base: State, layout: Layout, header: Header, arrays: _Arrays) -> Iterator[Tensor]:
+    steps = _steps(arrays.flat(len(layout.weights)))
     if header.places is None:
         yield from (
             apply_weight(base[n], arrays.like(base[n]), step) for n, step in zip(layout.weights, steps, strict=True)

@@ -83,15 +83,18 @@ def hash_state(state: State) -> bytes:
     return found.digest()
 
 
-def message_pieces(base: State, layout: Layout, places: int | None) -> list[Piece]:
+def message_pieces(base: State, layout: Layout, places: int | None, *, sparse: bool = False) -> list[Piece]:
     """Shape and dtype of every array of a message, cut into pieces.
 
     Args:
+        base, layout: of the state that sender and receiver hold.
         places: how many random places are sent, or None for all.
+        sparse: whether the weights are a section of their own, and so no pieces.
     """
     whole = [(tuple(base[name].shape), "int16") for name in layout.weights]
-    arrays: list[Piece] = [((len(layout.weights),), "uint16")]
-    arrays += whole if places is None else [((places,), "int16")]
+    arrays: list[Piece] = [] if sparse else [((len(layout.weights),), "uint16")]
+    if not sparse:
+        arrays += whole if places is None else [((places,), "int16")]
     arrays += [(tuple(base[name].shape), "int32") for name in layout.statistics]
     arrays += [(tuple(base[name].shape), dtype_name(base[name])) for name in layout.integers]
     return [(piece, dtype) for shape, dtype in arrays if prod(shape) for piece in pieces(shape)]

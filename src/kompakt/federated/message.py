@@ -13,7 +13,7 @@ from kompakt.coding.wire import Cursor, varint
 from kompakt.errors import FormatError
 from kompakt.federated.layout import HASH_BYTES, Piece, blocks_of
 
-MAGIC, VERSION, RANDOM = b"\x89KPU", 1, 1
+MAGIC, VERSION, RANDOM, SPARSE = b"\x89KPU", 1, 1, 2
 CHECK_BYTES = 4
 WHERE = "update"
 
@@ -26,12 +26,14 @@ class Header:
         base: hash of the base.
         shift: the step of statistics is 2 to the minus this.
         seed, places: what decides random places, and how many; None where all are sent.
+        sparse: whether the weights are a section of their own, of those that are not zero.
     """
 
     base: bytes
     shift: int
     seed: int = 0
     places: int | None = None
+    sparse: bool = False
 
 
 def write_message(header: Header, held: list[Piece], arrays: Iterator[np.ndarray]) -> bytes:
@@ -42,7 +44,17 @@ def write_message(header: Header, held: list[Piece], arrays: Iterator[np.ndarray
         held: shape and dtype of each piece.
         arrays: the pieces.
     """
-    return _sealed(_head(header), (encode_pieces(block) for block in _filled(held, arrays)))
+    return seal(header, write_pieces(held, arrays))
+
+
+def write_pieces(held: list[Piece], arrays: Iterator[np.ndarray]) -> Iterator[bytes]:
+    """The blocks of pieces, one in memory at a time."""
+    return (encode_pieces(block) for block in _filled(held, arrays))
+
+
+def seal(header: Header, blocks: Iterable[bytes]) -> bytes:
+    """The message of some blocks."""
+    return _sealed(_head(header), blocks)
 
 
 @dataclass(frozen=True)
@@ -79,7 +91,7 @@ def _sealed(head: bytes, blocks: Iterable[bytes]) -> bytes:
 
 
 def _head(header: Header) -> bytes:
-    out = [MAGIC, bytes([VERSION, RANDOM if header.places is not None else 0]), header.base]
+    out = [MAGIC, bytes([VERSION, RANDOM * (header.places is not None) + SPARSE * header.sparse]), header.base]
     if header.places is not None:
         out += [header.seed.to_bytes(8, "little"), varint(header.places)]
     return b"".join([*out, bytes([header.shift])])
@@ -110,10 +122,11 @@ def read_header(data: bytes, weights: int) -> tuple[Header, Cursor]:
     version = cursor.u8()
     if version != VERSION:
         raise FormatError(f"{WHERE}: version {version}; this kompakt reads version {VERSION}")
-    random = cursor.u8(RANDOM, "the flags")
+    flags = cursor.u8(SPARSE, "the flags")
     base = bytes(cursor.take(HASH_BYTES))
-    seed, places = (cursor.fixed(8), cursor.varint(weights, "the number of places")) if random else (0, None)
-    return Header(base=base, shift=cursor.u8(15, "the step of statistics"), seed=seed, places=places), cursor
+    seed, places = (cursor.fixed(8), cursor.varint(weights, "the number of places")) if flags == RANDOM else (0, None)
+    shift = cursor.u8(15, "the step of statistics")
+    return Header(base=base, shift=shift, seed=seed, places=places, sparse=flags == SPARSE), cursor
 
 
 def read_blocks(cursor: Cursor, held: list[Piece]) -> Iterator[np.ndarray]:

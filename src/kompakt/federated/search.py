@@ -1,0 +1,135 @@
+"""Which differences to send and how coarsely, for a number of bytes: rate and distortion on the sparse form.
+
+Only differences that could be sent are looked at, and the cost of one depends on how many are sent beside it: it
+is dear in a row or column of which nothing else is sent. References as in ``numerics.updates.round_rate_distortion``.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from kompakt.federated.grid import CLASSES, Grid, classify, place_bits
+from kompakt.federated.spec import UpdateSpec
+from kompakt.numerics.updates import LEAST_STEP, MOST_STEP, step_code, step_size
+
+LAGRANGE = 0.14
+FIRST, ALWAYS = 0.85, 0.5
+MOST_PRICED, MOST_CODE = 255, 2**15 - 1
+TRIALS = 8
+SLOPE = 1.4
+STEPS_AN_OCTAVE = 16
+CLOSE = 0.95
+START_SHARE = 0.03
+REVIVAL_BITS = 1.5
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """Rounded differences: those that are not zero.
+
+    Args:
+        step: code of the step, the same for all.
+        places: ascending numbers of cells.
+        codes: int64, none zero.
+        bits: about what they take.
+    """
+
+    step: int
+    places: np.ndarray
+    codes: np.ndarray
+    bits: float
+
+
+class Search:
+    """Looks for the step whose codes take some bits.
+
+    Args:
+        grid: of the weights.
+        changes: float32, the differences of all weights, flat.
+        spec: by which rounding.
+    """
+
+    def __init__(self, grid: Grid, changes: np.ndarray, spec: UpdateSpec) -> None:
+        self._grid, self._spec = grid, spec
+        self._changes, self._sizes = changes, np.abs(changes)
+
+    def fitted(self, bits: float, start: int | None) -> Sparse:
+        """The codes of a step that take about so many bits and not more; the coarser of two where neither is close.
+
+        Args:
+            bits: how many.
+            start: the code of a step to begin with, as that of the last message.
+        """
+        peak = float(self._sizes.max(initial=0.0))
+        if not 0.0 < peak < np.inf:
+            return self.at(LEAST_STEP)
+        highest = min(step_code(peak * 2) + 1, MOST_STEP)
+        fine, coarse = LEAST_STEP, highest  # the finest that may fit, the coarsest that is worth a look
+        step = self._start(start, highest)
+        best: Sparse | None = None
+        for _ in range(TRIALS):
+            found = self.at(step)
+            share = found.bits / bits
+            if share <= 1:
+                best, coarse = found if best is None or found.bits > best.bits else best, step
+            else:
+                fine = step + 1
+            if CLOSE <= share <= 1 or fine >= coarse:
+                break
+            move = STEPS_AN_OCTAVE / SLOPE * np.log2(max(share, 1e-3) / (1 + CLOSE) * 2)
+            step = int(np.clip(step + (np.ceil(move) if share > 1 else np.floor(move)), fine, coarse - 1))
+        return best if best is not None else self.at(max(coarse, fine))
+
+    def _start(self, start: int | None, highest: int) -> int:
+        if start is not None and LEAST_STEP < start < highest:
+            return start
+        count = max(1, int(START_SHARE * self._sizes.size))
+        least = float(np.partition(self._sizes, self._sizes.size - count)[self._sizes.size - count])
+        return min(max(step_code(least), LEAST_STEP), highest - 1)
+
+    def at(self, step: int) -> Sparse:
+        """The codes of a step."""
+        size = np.float32(step_size(step))
+        cells = np.flatnonzero(self._sizes > ALWAYS * size)
+        ratio = self._sizes[cells] / size
+        codes = np.rint(ratio if self._spec.rounding != "rate-distortion" else np.where(ratio > FIRST, ratio, 0.0))
+        classes = classify(self._grid, cells[codes > 0])
+        sizes, of_cell = classes.group_sizes(self._grid), classes.groups(self._grid, cells)
+        if self._spec.rounding == "rate-distortion":
+            codes = _priced(codes, ratio, sizes, of_cell)
+        sent = np.flatnonzero(codes)
+        places, codes = cells[sent], np.minimum(codes[sent], MOST_CODE).astype(np.int64)
+        bits = float(place_bits(np.bincount(of_cell[sent], minlength=sizes.size), sizes).sum())
+        bits += classes.bits(self._grid) + _entropy(codes) + codes.size
+        return Sparse(step, places, np.where(self._changes[places] < 0, -codes, codes), bits)
+
+
+def _priced(codes: np.ndarray, ratio: np.ndarray, sizes: np.ndarray, of_cell: np.ndarray) -> np.ndarray:
+    """Choose zero or a neighbour of each ratio at the prices of codes chosen before.
+
+    Args:
+        codes, ratio: of each cell, the codes chosen before and the size of the difference in steps.
+        sizes: cells of each group.
+        of_cell: the group of each cell.
+    """
+    sent = np.flatnonzero(codes)
+    filled = np.bincount(of_cell[sent], minlength=sizes.size)
+    # Bits of being sent over not being sent; a row or column of which nothing else is sent costs more.
+    price = np.log2((np.maximum(sizes - filled, 0) + 0.5) / (filled + 0.5)) + 1
+    number = np.arange(sizes.size)
+    price += REVIVAL_BITS * ((number % CLASSES == 0) | (number // CLASSES % CLASSES == 0))
+    counts = np.bincount(np.minimum(codes[sent], MOST_PRICED).astype(np.int64), minlength=MOST_PRICED + 1) + 0.5
+    of_size = np.log2(counts[1:].sum()) - np.log2(counts)
+    low = np.floor(ratio)
+    number = np.minimum(low, MOST_PRICED - 1).astype(np.int64)
+    fall = np.where(low > 0, (ratio - low) ** 2 + LAGRANGE * of_size[number], np.inf)
+    rise = (low + 1 - ratio) ** 2 + LAGRANGE * of_size[number + 1]
+    best = np.minimum(fall, rise) + LAGRANGE * price[of_cell]
+    return np.where(ratio**2 <= best, 0.0, low + (rise < fall))
+
+
+def _entropy(codes: np.ndarray) -> float:
+    """Bits of magnitudes under their own histogram."""
+    counts = np.bincount(np.minimum(codes, MOST_PRICED))
+    counts = counts[counts > 0]
+    return float(codes.size * np.log2(max(codes.size, 1)) - (counts * np.log2(counts)).sum())
