@@ -18,16 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.federated_coders import DOWN, MAKERS, State
+from benchmarks.federated_coders import DOWN, MAKERS, PLAIN, State
 from benchmarks.federated_data import SETTINGS, Setting, Subject, load_subject, partition, start_of
 from benchmarks.federated_page import write_page
 from benchmarks.federated_same import same_updates
-from kompakt.federated.average import average_states, rebase
+from kompakt.federated.average import Momentum, average_states, rebase
 from kompakt.federated.broadcast import Broadcast
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "federated"
-PARTITIONS = ("iid", "dirichlet")
+PARTITIONS = ("dirichlet", "iid")
+BETA = 0.3
 
 
 def accuracy(model: nn.Module, examples: tuple[Tensor, Tensor]) -> float:
@@ -62,6 +63,7 @@ def federation(subject: Subject, setting: Setting, kind: str, coder: str, seed: 
     parts = partition(subject.train[1], setting, kind, seed)
     coders = [MAKERS[coder]() for _ in parts]
     sent = Broadcast(state, DOWN if "both" in coder else None)
+    momentum = Momentum(0.0 if coder in PLAIN else BETA)
     up, down, curve, times = [], [], [accuracy(model, subject.validation)], [0.0, 0.0]
     for number in range(setting.rounds):
         down.append(sent.packet(number - 1 if number else None).size_bytes)
@@ -77,7 +79,8 @@ def federation(subject: Subject, setting: Setting, kind: str, coder: str, seed: 
             times = [times[0] + trained - begun, times[1] + code_s]
             sizes.append(size)
             arrived.append((rebase(found, sent.state, state), len(part)))
-        state = average_states([found for found, _ in arrived], [float(weight) for _, weight in arrived])
+        mean = average_states([found for found, _ in arrived], [float(weight) for _, weight in arrived])
+        state = momentum.step(state, mean)
         sent.advance(state, seed=number)
         model.load_state_dict(state)
         up.append(sizes)

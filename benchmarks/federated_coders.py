@@ -22,7 +22,7 @@ from kompakt.federated.layout import layout_of
 
 State = dict[str, Tensor]
 Coder = Callable[[State, State, int], tuple[int, float, State]]
-UP, DOWN = UpdateSpec(ratio=170.0, warm_up=4), UpdateSpec(ratio=25.0)
+UP, DOWN = UpdateSpec(ratio=148.0, warm_up=4), UpdateSpec(ratio=25.0)
 NNCODEC_STEPS = (-40, -34)
 
 
@@ -105,11 +105,14 @@ class NNCodec:
 
 MAKERS: dict[str, Callable[[], Coder]] = {
     "uncompressed": lambda: uncompressed,
+    "kompakt": lambda: Ours(UP),
+    "uncompressed, momentum": lambda: uncompressed,
+    "kompakt, no momentum": lambda: Ours(UP),
     "8-bit": lambda: eight_bits,
     "top-1 %": lambda: Ours(UpdateSpec(ratio=None, selection="top", keep=0.01, rounding="nearest")),
-    "kompakt": lambda: Ours(UP),
     "kompakt, both ways": lambda: Ours(UP),
-    "kompakt, no warm-up": lambda: Ours(UpdateSpec(ratio=102.0)),
 }
+PLAIN = ["uncompressed", "kompakt, no momentum", "8-bit", "top-1 %"]  # the server takes the mean as it is
 if importlib.util.find_spec("nncodec"):
     MAKERS |= {f"NNCodec {step}": lambda step=step: NNCodec(step) for step in NNCODEC_STEPS}
+    PLAIN += [f"NNCodec {step}" for step in NNCODEC_STEPS]

@@ -3,14 +3,18 @@
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kompakt.coding.wire import Cursor
 from kompakt.errors import FormatError, InputError
-from kompakt.federated import Feedback, UpdateSpec, decode_update, encode_update, hash_state
+from kompakt.federated import Feedback, Momentum, UpdateSpec, decode_update, encode_update, hash_state
+from kompakt.federated.grid import classify, grid_of, live
+from kompakt.federated.sparse import geometric, read_sparse, write_sparse
 from kompakt.zoo import resnet20
 
 EIGHT = UpdateSpec(ratio=None, bits=8, rounding="nearest")
@@ -286,3 +290,101 @@ def test_the_rate_of_the_last_message_keeps_the_ratio_of_the_next() -> None:
     feedback.residual = {}
     size = len(encode_update(new, base, feedback=feedback))
     assert size <= sum(t.numel() * t.element_size() for t in base.values()) / 100
+
+
+def test_few_values_are_coded_by_their_places() -> None:
+    base, new = trained()
+    dense, sparse = (encode_update(new, base, UpdateSpec(ratio=ratio)) for ratio in (2, 100))
+    assert (dense[5], sparse[5]) == (0, 2)
+    top = encode_update(new, base, UpdateSpec(ratio=None, selection="top", keep=0.01, rounding="nearest"))
+    assert top[5] == 2
+    size = sum(t.numel() for n, t in base.items() if n.endswith("weight") or n.endswith("bias"))
+    found = decode_update(top, base)
+    sent = sum(int((found[n] != base[n]).sum()) for n in base if n.endswith("weight") or n.endswith("bias"))
+    assert 0.005 * size < sent <= 0.01 * size + 1
+
+
+def filled(shapes: list[list[int]], share: float, seed: int) -> tuple[np.ndarray, np.ndarray, int]:
+    rng = np.random.default_rng(seed)
+    size = sum(int(np.prod(shape)) for shape in shapes)
+    places = np.flatnonzero(rng.random(size) < share)
+    return places, rng.geometric(0.6, places.size) * rng.choice([-1, 1], places.size), size
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, 9), max_size=4), min_size=1, max_size=5),
+    st.sampled_from([0.0, 0.01, 0.3, 1.0]),
+    st.integers(0, 2**31),
+)
+def test_places_and_values_return(shapes: list[list[int]], share: float, seed: int) -> None:
+    grid = grid_of(tuple(tuple(shape) for shape in shapes))
+    places, codes, _ = filled(shapes, share, seed)
+    if codes.size:
+        codes[0] = 32767  # far outside every table
+    cursor = Cursor(write_sparse(grid, places, codes), "a test")
+    found = read_sparse(cursor, grid)
+    cursor.end()
+    order = np.argsort(found[0])  # they come by density
+    assert np.array_equal(found[0][order], places)
+    assert np.array_equal(found[1][order], codes)
+
+
+def test_rows_and_columns_that_differ_make_fewer_bytes() -> None:
+    grid, rng = grid_of(((200, 300),)), np.random.default_rng(0)
+    alike = np.flatnonzero(rng.random(60000) < 0.02)
+    rows, columns = rng.permutation(200)[:40], rng.permutation(300)[:60]
+    cells = (rows[:, None] * 300 + columns[None, :]).reshape(-1)
+    uneven = np.sort(rng.permutation(cells)[: alike.size])
+    sizes = [len(write_sparse(grid, places, np.ones(places.size, np.int64))) for places in (alike, uneven)]
+    assert sizes[1] < 0.6 * sizes[0]
+
+
+def test_the_groups_of_all_cells_hold_every_cell_once() -> None:
+    shapes = ((4, 6), (5,), (), (3, 2, 2, 2))
+    grid = grid_of(shapes)
+    places, _, size = filled([list(shape) for shape in shapes], 0.2, 3)
+    classes = classify(grid, places)
+    sizes = classes.group_sizes(grid)
+    assert np.array_equal(np.bincount(classes.groups(grid, slice(None)), minlength=sizes.size), sizes)
+    assert set(classes.groups(grid, places)) <= set(live(sizes))
+    assert int(sizes.sum()) == size
+
+
+@pytest.mark.parametrize("ratio", [1, 13, 32, 63])
+def test_a_geometric_table_is_one_of_rans(ratio: int) -> None:
+    table = geometric(ratio)
+    assert int(table.sum()) == 4096
+    assert int(table.max()) < 4096
+    assert table[255] > 0
+    assert bool((np.diff(table[:255]) <= 0).all())
+
+
+def test_momentum_moves_weights_and_takes_all_else_from_the_mean() -> None:
+    momentum, held = Momentum(0.5), state(0)
+    first, second = near(held, 1), near(held, 2)
+    one = momentum.step(held, first)
+    assert torch.allclose(one["conv.weight"], first["conv.weight"])
+    two = momentum.step(one, second)
+    speed = 0.5 * (first["conv.weight"] - held["conv.weight"]) + second["conv.weight"] - one["conv.weight"]
+    assert torch.allclose(two["conv.weight"], one["conv.weight"] + speed, atol=1e-6)
+    assert torch.equal(two["bn.running_var"], second["bn.running_var"])
+    with pytest.raises(InputError, match="momentum"):
+        Momentum(1.0)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_hostile_sparse_bytes_are_refused_or_make_a_state_of_the_base_shape(data: st.DataObject) -> None:
+    base = state(0)
+    message = bytearray(encode_update(near(base, 1), base, TOP))
+    assert message[5] == 2
+    for _ in range(data.draw(st.integers(1, 4))):
+        message[data.draw(st.integers(22, len(message) - 5))] = data.draw(st.integers(0, 255))
+    try:
+        found = decode_update(sealed(bytes(message)), base)
+    except FormatError:
+        return
+    for name, tensor in found.items():
+        assert (tensor.shape, tensor.dtype) == (base[name].shape, base[name].dtype)
+        assert not tensor.is_floating_point() or bool(tensor.isfinite().all())

@@ -16,7 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 APP = Path(__file__).resolve().parent
@@ -41,6 +41,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         home, link = Path(folder), _port()
         environment = _environment(home)
+        stack.callback(_end_left, home)
         kind = [] if arguments.deployment else ["--simulation"]
         command = ["flower-superlink", "--insecure", "--disable-runtime-dependency-installation", *kind]
         stack.enter_context(
@@ -105,6 +106,27 @@ def _end(process: subprocess.Popen) -> None:
             process.wait(END_S)
         except (ProcessLookupError, subprocess.TimeoutExpired):
             continue
+
+
+def _end_left(home: Path) -> None:
+    """Wait for what the processes started in sessions of their own; end what does not go. They know the folder."""
+    for sign in (0, signal.SIGTERM, signal.SIGKILL):
+        for pid in _left(home):
+            with suppress(ProcessLookupError):
+                os.kill(pid, sign)
+        end = time.monotonic() + END_S
+        while _left(home) and time.monotonic() < end:
+            time.sleep(0.2)
+
+
+def _left(home: Path) -> list[int]:
+    """Processes that have the folder in their environment (Linux; elsewhere none are found)."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if f"FLWR_HOME={home}\0".encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+    return found
 
 
 def _wait(address: str, log: Path) -> None:

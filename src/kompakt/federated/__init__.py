@@ -3,7 +3,7 @@
 ``kompakt.federated.flower`` brings them into Flower; it needs the extra ``kompakt[federated]``.
 """
 
-from kompakt.federated.average import average_states
+from kompakt.federated.average import Momentum, average_states
 from kompakt.federated.broadcast import Packet
 from kompakt.federated.decode import decode_update
 from kompakt.federated.encode import encode_update
@@ -18,6 +18,7 @@ __all__ = [
     "Feedback",
     "Limits",
     "Member",
+    "Momentum",
     "Packet",
     "Receipt",
     "Server",

@@ -44,6 +44,42 @@ def _mean(tensors: list[Tensor], shares: list[float]) -> Tensor:
     return total.to(kind) if kind.is_floating_point else total.round().to(kind)
 
 
+class Momentum:
+    """The server's momentum on the mean of a round: ``v ← β·v + (mean − state)``, ``state ← state + v``, weights alone.
+
+    Small updates say the same in several rounds; what one leaves out, the direction of the last ones brings nearer.
+    Running statistics and integers are taken from the mean. With β = 0 this is plain averaging.
+    Reference: Hsu, Qi, Brown 2019 (FedAvgM), arXiv 1909.06335.
+
+    Args:
+        beta: β, 0 to below 1.
+
+    Raises:
+        InputError: β is out of its range.
+
+    Example:
+        >>> momentum, state = Momentum(0.5), {"w": torch.zeros(1)}
+        >>> for _ in range(2):
+        ...     state = momentum.step(state, {"w": state["w"] + 1})
+        >>> state["w"]
+        tensor([2.5000])
+    """
+
+    def __init__(self, beta: float) -> None:
+        if not 0 <= beta < 1:
+            raise InputError(f"momentum: {beta}; expected 0 to below 1")
+        self._beta, self._speed = beta, dict[str, Tensor]()
+
+    def step(self, state: State, mean: State) -> dict[str, Tensor]:
+        """The server's next state."""
+        weights, found = set(layout_of(state).weights), dict(mean)
+        for name in weights if self._beta else ():
+            change = mean[name].double() - state[name].double()
+            self._speed[name] = self._beta * self._speed.get(name, torch.zeros_like(change)) + change
+            found[name] = (state[name].double() + self._speed[name]).to(state[name].dtype)
+        return found
+
+
 def rebase(state: State, base: State, target: State) -> dict[str, Tensor]:
     """Carry what a client changed from ``base`` to ``state`` over to ``target``, the state that the server holds.
 

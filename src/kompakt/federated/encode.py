@@ -55,7 +55,7 @@ def encode_update(
     """
     layout = layout_of(base)
     _check(new, base)
-    changes = {name: _change(name, new, base, feedback, spec.memory) for name in layout.weights}
+    changes = {name: _change(name, new, base, feedback) for name in layout.weights}
     sender = _Sender(new, base, layout, spec, seed)
     data, rounded, rate = sender.send(changes, feedback or Feedback())
     if feedback is not None:
@@ -81,10 +81,10 @@ def _check(new: State, base: State) -> None:
                 raise InputError(f"{name}: not finite; the training diverged, do not send its result")
 
 
-def _change(name: str, new: State, base: State, feedback: Feedback | None, memory: float) -> Tensor:
+def _change(name: str, new: State, base: State, feedback: Feedback | None) -> Tensor:
     kind = working(base[name])
     change = new[name].detach().cpu().to(kind) - base[name].detach().cpu().to(kind)
-    return change + memory * remembered(feedback, name, change)
+    return change + remembered(feedback, name, change)
 
 
 class _Sender:

@@ -155,7 +155,7 @@ def _lanes(size: float, raw: int) -> int:
 
 
 def read_sparse(cursor: Cursor, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
-    """Read places and codes of what ``write_sparse`` wrote; the cursor ends behind it.
+    """Read places and codes of what ``write_sparse`` wrote, stratum by stratum; the cursor ends behind it.
 
     Raises:
         FormatError: it is cut, or does not fit the grid.

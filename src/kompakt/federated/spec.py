@@ -24,8 +24,6 @@ class UpdateSpec:
         keep: the share that ``top`` and ``random`` keep.
         threshold: least magnitude that ``threshold`` keeps, in the root mean square of all differences.
         rounding: to nearest, stochastic (unbiased), or by rate and distortion.
-        memory: the share of what was not sent that the next difference gets back. Below 1 what training in the
-            meantime has overtaken fades: clients whose data differ pull against old residuals.
         statistic_bits: the step of running statistics is 2 to the minus this (of a deviation, of a variance).
 
     Raises:
@@ -43,7 +41,6 @@ class UpdateSpec:
     keep: float = 0.01
     threshold: float = 1.0
     rounding: Rounding = "rate-distortion"
-    memory: float = 1.0
     statistic_bits: int = 4
 
     def __post_init__(self) -> None:
@@ -54,7 +51,6 @@ class UpdateSpec:
         _require(self.rounding in ROUNDINGS, "rounding", self.rounding, ", ".join(ROUNDINGS))
         _require(0 < self.keep <= 1, "keep", self.keep, "above 0, at most 1")
         _require(0 <= self.threshold < 1e6, "threshold", self.threshold, "0 or more")
-        _require(0 <= self.memory <= 1, "memory", self.memory, "0 to 1")
         _require(0 <= self.statistic_bits <= 15, "statistic_bits", self.statistic_bits, "0 to 15")
 
     def at(self, number: int) -> "UpdateSpec":
