@@ -77,7 +77,7 @@ class Grid:
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         found = []
-        for message in messages:
+        for message in sorted(messages, key=lambda one: one.metadata.dst_node_id):  # strategies draw an order
             node = message.metadata.dst_node_id
             context = Context(
                 run_id=5, node_id=node, node_config={"partition-id": node - 11}, state=RecordDict(), run_config={}
