@@ -27,9 +27,10 @@ from kompakt.measure.machine import machine, versions
 RESULTS = ROOT / "benchmarks" / "results" / "targets"
 RUNTIMES = ("onnxruntime", "openvino", "torch", "executorch", "litert")
 CLI = "from kompakt.cli import main; main()"
-SIZES = {"resnet20": 32}
-IMAGES, PROOFS = {"resnet20": (512, 1000)}, {"resnet20": 1000}
+SIZES = {"resnet20": 32, "trained18": 48}
+IMAGES = {"resnet20": (512, 1000), "trained18": (256, 1000), "resnet18": (64, 64), "mobilenet": (64, 64)}
 DEFAULT_IMAGES = (128, 128)
+PROOFS = {"resnet20": 1000, "trained18": 1000}
 
 
 @dataclass(frozen=True, kw_only=True)

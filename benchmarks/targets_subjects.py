@@ -11,11 +11,20 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.ptq_subjects import STATISTICS_IMAGES, SUBJECTS, Places, Subject, estimate_statistics, photographs
+from benchmarks.ptq_subjects import (
+    SHARED,
+    STATISTICS_IMAGES,
+    SUBJECTS,
+    Places,
+    Subject,
+    cifar,
+    estimate_statistics,
+    photographs,
+)
 from kompakt.artifact.onnx import export_onnx, open_onnx
 from kompakt.graph.fold import fold
 from kompakt.graph.trace import trace
@@ -29,8 +38,17 @@ def _mobilenet(shelf: Path) -> nn.Module:
     return torchvision.models.mobilenet_v2(weights=None)
 
 
+def _trained(shelf: Path) -> nn.Module:
+    network = torchvision.models.resnet18(num_classes=10)
+    network.load_state_dict(load_file(SHARED / "zoo" / "resnet18-cifar10.safetensors"))
+    return network
+
+
 KNOWN: dict[str, Subject] = {
     "resnet20": SUBJECTS["a"],
+    "trained18": Subject(
+        title="torchvision resnet18 at 48, CIFAR-10", model=_trained, images=cifar, spec=ImageSpec(input_size=48)
+    ),
     "lite0": SUBJECTS["b"],
     "resnet18": SUBJECTS["c"],
     "mobilenet": Subject(

@@ -7,6 +7,8 @@ from benchmarks.targets_subjects import KNOWN
 from kompakt.report.numbers import bytes_text, ms_text, share_text
 
 BEGIN, END = "<!-- begin: python -m benchmarks.targets -->", "<!-- end -->"
+LABELLED = ("resnet20", "trained18")
+"""Networks with labels; the others' decisions are compared with the float model's."""
 Line = dict[str, Any]
 
 
@@ -23,7 +25,7 @@ def _network(name: str, lines: list[Line]) -> str:
     for pruned in (False, True):
         rows = _rows(name, [line for line in lines if line["key"]["pruned"] == pruned])
         if rows:
-            what = "accuracy" if name == "resnet20" else "same decisions"
+            what = "accuracy" if name in LABELLED else "same decisions"
             parts.append(f"{'Half of the channels cut' if pruned else 'Whole network'}:\n")
             parts.append(f"| runtime | bits | ÷ fp32 of ONNX Runtime | p50 | bytes | memory | {what} | as simulated |")
             parts.append("| --- | --- | --- | --- | --- | --- | --- | --- |")

@@ -169,16 +169,27 @@ def inputs(count: int, seed: int = 0) -> Tensor:
     return torch.randn(count, 3, 12, 12, generator=torch.Generator().manual_seed(seed))
 
 
-def quantized(model: nn.Module, data: Tensor, knobs: Knobs = Knobs(), rules: Rules = ONNXRUNTIME) -> Capture:
-    """Fold, calibrate and quantize a model."""
-    capture = fold(trace(model, data[:2]))
+def quantized(
+    model: nn.Module,
+    data: Tensor,
+    knobs: Knobs = Knobs(),
+    rules: Rules = ONNXRUNTIME,
+    prepare: Callable[[Capture], Capture] = lambda capture: capture,
+) -> Capture:
+    """Fold, prepare, calibrate and quantize a model."""
+    capture = prepare(fold(trace(model, data[:2])))
     sites = placed(capture.graph, rules, knobs.keep)
     stats = pool(calibrate(capture, data.split(32), sites), pooled(capture.graph, rules, sites))
     plan, _ = uniform(capture.graph, rules, knobs)
     return quantize(capture, plan, stats)
 
 
-def seeded(make: Callable[[], nn.Module], knobs: Knobs = Knobs(), rules: Rules = ONNXRUNTIME) -> Capture:
+def seeded(
+    make: Callable[[], nn.Module],
+    knobs: Knobs = Knobs(),
+    rules: Rules = ONNXRUNTIME,
+    prepare: Callable[[Capture], Capture] = lambda capture: capture,
+) -> Capture:
     """Build a model with fixed random weights and quantize it."""
     torch.manual_seed(0)
-    return quantized(make(), inputs(64), knobs, rules)
+    return quantized(make(), inputs(64), knobs, rules, prepare)

@@ -177,6 +177,10 @@ def _clip(writer: Writer, node: fx.Node, given: Arguments) -> None:
     writer.add("Clip", [given["self"], *ends], node.name)
 
 
+def _clip6(writer: Writer, node: fx.Node, given: Arguments) -> None:
+    _clip(writer, node, {**given, "min": 0.0, "max": 6.0})
+
+
 def _silu(writer: Writer, node: fx.Node, given: Arguments) -> None:
     gate = writer.add("Sigmoid", [given["self"]], f"{node.name}_gate")
     writer.add("Mul", [given["self"], gate], node.name)
@@ -299,6 +303,7 @@ FORMS: dict[Any, Form] = {
     aten.contiguous.default: _plain("Identity", "self"),
     aten.silu.default: _silu,
     aten.hardtanh.default: _clip,
+    aten.relu6.default: _clip6,
     aten.clamp.default: _clip,
     aten.cat.default: _cat,
     aten.max_pool2d.default: _max_pool,

@@ -132,7 +132,7 @@ class Simulation:
         given = np.ascontiguousarray(np.moveaxis(example, 0, -1), dtype=np.float32)
         found = np.zeros(int(np.prod(shape)), dtype=np.float32)
         self.function(given.ctypes.data_as(ctypes.c_void_p), found.ctypes.data_as(ctypes.c_void_p))
-        return np.moveaxis(found.reshape(*shape[1:], shape[0]), -1, 0) if len(shape) > 1 else found
+        return found.reshape(shape)  # the project ends with the transposition back to channels first
 
 
 def open_hls4ml(path: str | Path, threads: int = 1) -> Simulation:
