@@ -45,7 +45,9 @@ class Run:
         self.names = ("task", *term_names(student.objective), *(("regularizer",) if regularizers else ()))
         self.identity = {**settings.identity(), "steps": loader.steps, "objective": repr(student.objective)}
         self.wrapped, self.optimizer = self._prepared()
-        self.compiled = cast(nn.Module, torch.compile(self.wrapped, dynamic=False)) if settings.compile else self.wrapped
+        self.compiled = (
+            cast(nn.Module, torch.compile(self.wrapped, dynamic=False)) if settings.compile else self.wrapped
+        )
         self.usual: torch.Size | None = None  # the shape of inputs that the step is compiled for
         self.average = {k: v.detach().clone() for k, v in student.state_dict().items()} if settings.ema else {}
         self.history: list[EpochRecord] = []
