@@ -64,7 +64,7 @@ def _verdict(groups: dict[tuple[str, str, str], dict[int, float]], start: str) -
         return ""
     best = max(gains, key=lambda row: gains[row])
     behind = [row for row, gain in gains.items() if gain <= 0]
-    every = f"behind the student alone: {', '.join(behind)}" if behind else "every loss beats the student alone"
+    every = f"behind the student alone: {', '.join(behind)}: missed" if behind else "every loss beats it: reached"
     state = "reached" if gains[best] >= 1 else "missed"
     asked = "Asked: every loss beats the student alone, the best by ≥ 1 point"
     return f"{asked}. Found with {start} first weights: {every}; best {best}, {gains[best]:+.2f}: {state}.\n"
