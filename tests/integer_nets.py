@@ -88,7 +88,7 @@ class Pools(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map N×3×H×W to N×5."""
-        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
+        x = F.max_pool2d(F.relu(self.conv1(x)), 3, stride=2, padding=1)
         x = self.conv2(F.avg_pool2d(x, 3, stride=1, padding=1))
         x = self.conv3(F.avg_pool2d(x, (2, 3), stride=1, padding=1, count_include_pad=False))
         return self.linear(x.mean(dim=(2, 3)))

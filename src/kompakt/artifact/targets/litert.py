@@ -173,7 +173,9 @@ def inside(path: Path, inputs: np.ndarray, grids: Mapping[str, tuple[float, int]
     places: dict[str, Any] = {}
     for detail in opened.get_tensor_details():
         scale, zero = detail["quantization"]
-        name = by_grid.get((np.float32(scale), zero)) if detail["dtype"] is np.int8 else None
+        # The value that pads a tensor is on its grid too, and has no dimension.
+        batched = detail["dtype"] is np.int8 and len(detail["shape"]) > 1
+        name = by_grid.get((np.float32(scale), zero)) if batched else None
         if name is not None:
             places.setdefault(name, detail)
     source = opened.get_input_details()[0]
