@@ -78,7 +78,9 @@ def _table(kind: str, cells: list[Cell]) -> list[str]:
             quick = share <= ASKED["share"]
             verdict = (
                 f"\nAsked: {ASKED['fewer']}× fewer bytes up at {ASKED['points']} points or less: "
-                f"{'reached' if right else 'missed'}. Encoding within {ASKED['share']} % of training: "
+                f"{'reached' if right else 'missed'} beside the uncompressed run as it is, which has no momentum on "
+                f"the server; with the same momentum for both see below. "
+                f"Encoding within {ASKED['share']} % of training: "
                 f"{'reached' if quick else 'missed, with so little local training'}."
             )
     return [*rows, verdict]
