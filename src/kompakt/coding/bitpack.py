@@ -68,6 +68,8 @@ def _pack_narrow(values: np.ndarray, bits: int) -> bytes:
         return values.tobytes()
     if bits == 0:
         return b""
+    if bits == 1:
+        return np.packbits(values, bitorder="little").tobytes()
     out = bytearray()
     for start in range(0, values.size, 8 * CHUNK):
         part = values[start : start + 8 * CHUNK]
