@@ -79,7 +79,7 @@ def _strata(
     found = np.flatnonzero(filled[np.argsort(cells, kind="stable")])
     sizes = codes[np.argsort(of_place, kind="stable")].astype(np.int64)
     ends = np.cumsum(np.bincount(of_place, minlength=STRATA))
-    first = np.cumsum(np.bincount(cells + 1, minlength=STRATA + 1))
+    first = np.cumsum(np.bincount(stratum + 1, classes.group_sizes(grid), STRATA + 1)).astype(np.int64)
     parts = zip(first[:-1].tolist(), np.split(found, ends[:-1]), np.split(sizes, ends[:-1]), strict=True)
     return [
         _Stratum(number, np.diff(ranks, prepend=start - 1) - 1, np.abs(mine) - 1, mine < 0)
