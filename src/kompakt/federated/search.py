@@ -56,10 +56,10 @@ class Search:
         What a step takes is guessed from the magnitudes, measured, and guessed anew by what was measured.
         """
         peak = float(self._sizes.max(initial=0.0))
-        if not 0.0 < peak < np.inf:
+        if not step_size(LEAST_STEP) <= peak < np.inf:
             return self.at(LEAST_STEP)
         curve = _Curve(self._sizes, self._spec)
-        fine, coarse = LEAST_STEP, min(step_code(peak * 2) + 1, MOST_STEP)
+        fine, coarse = step_code(peak / MOST_CODE), min(step_code(peak * 2) + 1, MOST_STEP)
         step, best = curve.step(bits), None
         for _ in range(TRIALS):
             step = min(max(step, fine), coarse - 1)
@@ -101,13 +101,17 @@ class _Curve:
     def __init__(self, sizes: np.ndarray, spec: UpdateSpec) -> None:
         # The upper bits of a float32 are its place on the grid of steps.
         counts = np.bincount(sizes.view(np.int32) >> MANTISSA_BITS)
+        counts[0] = 0
         codes = np.flatnonzero(counts)[::-1]
         sent = np.cumsum(counts[codes])
         price = np.log2((sizes.size - sent + 0.5) / (sent + 0.5)) + 1
         least = np.maximum((1 + LAGRANGE * price * (spec.rounding == "rate-distortion")) / 2, ALWAYS)
-        starts = np.maximum((codes << MANTISSA_BITS).astype(np.int32).view(np.float32), 2.0**-126)
-        self._bits = np.log2(np.maximum.accumulate(place_bits(sent, np.full(sent.size, sizes.size)) + sent))
-        self._steps = np.minimum.accumulate(np.log2(starts / least))
+        starts = np.log2((codes << MANTISSA_BITS).astype(np.int32).view(np.float32))
+        # Beyond the least magnitude every cell takes a bit more with each octave.
+        steps = np.append(starts - np.log2(least), -126.0)
+        sent, logs = np.append(sent, sent[-1]), np.append(starts * counts[codes], 0.0)
+        bits = place_bits(sent, np.full(sent.size, sizes.size)) + sent + np.maximum(np.cumsum(logs) - sent * steps, 0)
+        self._bits, self._steps = np.log2(np.maximum.accumulate(bits)), np.minimum.accumulate(steps)
 
     def step(self, bits: float) -> int:
         """The code of the finest step that takes so many bits."""
