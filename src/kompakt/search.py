@@ -135,7 +135,7 @@ def _quantized(job: Job, section: QuantizeSection, capture: Capture, baseline: P
         job.say("scoring the original on the validation split")
         reference = job.judge.score(baseline, job.data.validation)
     # What is trained is the network itself; equalizing, and mending after, is for a network that is not.
-    capture = capture if job.recipe.qat.epochs else prepared(section, capture)
+    capture = capture if job.recipe.qat.epochs else prepared(job, section, capture)
     stats = _calibrated(job, section, capture)
     best, decisions = _within_budget(job, section, capture, stats, reference, found.model)
     final = best.path.replace(job.out / f"model{job.target.suffix}")

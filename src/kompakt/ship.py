@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kompakt.artifact.lint import Finding
 from kompakt.artifact.targets import MADE_BY, Target
+from kompakt.build.equalize import evened
 from kompakt.build.integer import exact
 from kompakt.build.quantize import quantize
 from kompakt.data import Split
@@ -72,6 +73,7 @@ def quantized(
         knobs: of the method.
     """
     capture = target.prepare(fold(trace(model, example)))
+    capture = evened(capture, (inputs for inputs, _ in calibration.batches(BATCH)))
     sites = placed(capture.graph, target.rules, knobs.keep)
     stats = calibrate(capture, (inputs for inputs, _ in calibration.batches(BATCH)), sites)
     stats = pool(stats, pooled(capture.graph, target.rules, sites))
