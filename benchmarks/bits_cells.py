@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,12 +18,12 @@ from kompakt.artifact.onnx import export_onnx
 from kompakt.artifact.targets import target
 from kompakt.augment import crop_and_flip
 from kompakt.bits import planned
-from kompakt.build.aware import aware, shipped, with_signs
+from kompakt.build.aware import Aware, aware, shipped, with_signs
 from kompakt.build.distill import Objective, Teacher, Term
 from kompakt.build.quantize import quantize
 from kompakt.build.train import Hooks, TrainSettings, shuffled, train
 from kompakt.data import Data, Split, open_data
-from kompakt.graph.calibrate import calibrate
+from kompakt.graph.calibrate import Stats, calibrate
 from kompakt.graph.fold import fold
 from kompakt.graph.trace import Capture, trace
 from kompakt.job import Job
@@ -106,40 +105,52 @@ def qat(bench: Bench, label: str, key: dict[str, Any], section: QuantizeSection 
     Raises:
         TimeUp: the time is used up; the checkpoint stays and the next call goes on from it.
     """
-    teacher, stats, trained = build(bench.name), None, None
-    model: torch.nn.Module = copy.deepcopy(teacher)
-    if section is not None:
-        folded, job = fold(bench.capture), bench.job(section)
-        stats = calibrate(folded, _calibration(bench, section), placed(folded.graph, job.target.rules))
-        plan, _, _ = planned(job, section, folded, stats, frozenset())
-        trained = aware(bench.capture, with_signs(plan, form), stats, form)  # type: ignore[arg-type]
-        model = trained.module
+    teacher, aware_form = build(bench.name), None if section is None else aware_of(bench, section, form)
+    model = copy.deepcopy(teacher) if aware_form is None else aware_form[0].module
 
     def watch(_model: torch.nn.Module, step: int) -> None:
         if spent():
             raise TimeUp
 
-    settings = TrainSettings(
-        epochs=key["epochs"],
-        learning_rate=key["learning_rate"],
-        warmup_epochs=min(1.0, key["epochs"] / 4),
-        seed=key["seed"],
-        channels_last=True,
-        checkpoint=Path(FOLDER / "checkpoints" / label),
-        checkpoint_every=100,
-    )
-    term = Term(loss="soft_targets", weight=TAUGHT, knobs={"temperature": TEMPERATURE})
-    objective = Objective(terms=(term,), task_weight=1 - TAUGHT) if key["teacher"] else Objective()
+    settings = settings_of(key["epochs"], key["seed"], label)
     teachers = (Teacher(model=teacher),) if key["teacher"] else ()
     loader = shuffled(bench.data.train, BATCH, seed=key["seed"], augment=crop_and_flip)
-    report = train(model, loader, settings, objective=objective, teachers=teachers, hooks=Hooks(after_step=(watch,)))
-    if trained is None or stats is None:
+    hooks, goal = Hooks(after_step=(watch,)), objective(key["teacher"])
+    report = train(model, loader, settings, objective=goal, teachers=teachers, hooks=hooks)
+    if aware_form is None:
         made = fold(trace(model.eval(), bench.example))
     else:
-        made, _ = shipped(trained, stats)
+        made, _ = shipped(*aware_form)
     with suppress(IndexError):
         print([round(record.loss, 4) for record in report.history], flush=True)
     return {**bench.score(made, label, "test"), "train_s": report.seconds}
+
+
+def aware_of(bench: Bench, section: QuantizeSection, form: str) -> tuple[Aware, Stats]:
+    """Return the form of the network that trains under a plan, and what its ranges were calibrated to."""
+    folded, job = fold(bench.capture), bench.job(section)
+    stats = calibrate(folded, _calibration(bench, section), placed(folded.graph, job.target.rules))
+    plan, _, _ = planned(job, section, folded, stats, frozenset())
+    return aware(bench.capture, with_signs(plan, form), stats, form), stats  # type: ignore[arg-type]
+
+
+def settings_of(epochs: int, seed: int, label: str) -> TrainSettings:
+    """Return how every row is trained, the peers' too."""
+    return TrainSettings(
+        epochs=epochs,
+        learning_rate=RATE,
+        warmup_epochs=min(1.0, epochs / 4),
+        seed=seed,
+        channels_last=True,
+        checkpoint=FOLDER / "checkpoints" / label,
+        checkpoint_every=100,
+    )
+
+
+def objective(taught: bool) -> Objective:
+    """Return what is minimised: half of it the teacher's soft targets, where there is one."""
+    term = Term(loss="soft_targets", weight=TAUGHT, knobs={"temperature": TEMPERATURE})
+    return Objective(terms=(term,), task_weight=1 - TAUGHT) if taught else Objective()
 
 
 def _calibration(bench: Bench, section: QuantizeSection) -> Any:

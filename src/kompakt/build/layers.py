@@ -12,7 +12,7 @@ from kompakt.numerics.binary import (
     ternary_weight,
     trained_ternary,
 )
-from kompakt.numerics.codebook import gather, nearest, project
+from kompakt.numerics.codebook import centroid_gradient, gather, nearest, project
 from kompakt.numerics.grid import (
     SMALLEST_SCALE,
     affine_params,
@@ -99,17 +99,23 @@ class Signs(nn.Module):
 class Codebook(nn.Module):
     """Stand for a weight by its indices into shared values; the gradient of a value is the sum of its weights'.
 
+    In training that sum is divided by n, how many weights share the value: a step of SGD is then the step that the
+    weights would take on their own, projected on what they share, and the learning rate that suits them suits it.
+
     Args:
         indices: uint8, the shape of the weight.
         values: (G, k), one row for each of G runs of outputs.
     """
 
     indices: Tensor
+    grad_scale: Tensor
 
     def __init__(self, indices: Tensor, values: Tensor) -> None:
         super().__init__()
         self.register_buffer("indices", indices)
         self.values = nn.Parameter(values, requires_grad=False)
+        shares = centroid_gradient(torch.ones(indices.shape), indices.cpu(), values.shape[1], len(values))
+        self.register_buffer("grad_scale", shares.clamp_min(1).reciprocal().to(values), persistent=False)
 
     @property
     def bits(self) -> int:
@@ -118,7 +124,11 @@ class Codebook(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the shared values; ``weight``, which they replaced, is not looked at."""
-        return gather(self.indices, self.values)
+        values = self.values
+        if values.requires_grad:
+            slow = values * self.grad_scale
+            values = values.detach() + (slow - slow.detach())
+        return gather(self.indices, values)
 
     def settled(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return the indices and the values as they ship."""
