@@ -17,8 +17,9 @@ from kompakt.artifact.kpk_onnx import pack_onnx
 from kompakt.artifact.onnx import export_onnx
 from kompakt.artifact.targets import target
 from kompakt.augment import crop_and_flip
+from kompakt.awareness import begun
 from kompakt.bits import planned
-from kompakt.build.aware import Aware, aware, shipped, with_signs
+from kompakt.build.aware import Aware, shipped, with_signs
 from kompakt.build.distill import Objective, Teacher, Term
 from kompakt.build.quantize import quantize
 from kompakt.build.train import Hooks, TrainSettings, shuffled, train
@@ -131,7 +132,7 @@ def aware_of(bench: Bench, section: QuantizeSection, form: str) -> tuple[Aware, 
     folded, job = fold(bench.capture), bench.job(section)
     stats = calibrate(folded, _calibration(bench, section), placed(folded.graph, job.target.rules))
     plan, _, _ = planned(job, section, folded, stats, frozenset())
-    return aware(bench.capture, with_signs(plan, form), stats, form), stats  # type: ignore[arg-type]
+    return begun(job, section, bench.capture, with_signs(plan, form), stats, form), stats  # type: ignore[arg-type]
 
 
 def settings_of(epochs: int, seed: int, label: str) -> TrainSettings:

@@ -32,6 +32,7 @@ QAT: dict[str, tuple[dict[str, Any] | None, str, float | None]] = {
     "W4A4": ({"weight_bits": 4, "activation_bits": 4, "keep_ends": True}, "steps", 0.5),
     "W3A3": ({"weight_bits": 3, "activation_bits": 3, "keep_ends": True}, "steps", 1.0),
     "W2A2": ({"weight_bits": 2, "activation_bits": 2, "keep_ends": True}, "steps", 2.5),
+    "codebook 4": ({"codebook": 4}, "steps", 0.2),
     "ternary W, A8": ({"weight_bits": 2, "keep_ends": True}, "ternary", 1.0),
     "binary W, A8": ({"weight_bits": 1, "keep_ends": True}, "binary", 2.5),
 }

@@ -21,8 +21,8 @@ The modern way trains for rate (`[finetune] rate`): integers at the prices of th
 smallest file counts whose error on the 6,000 validation images rises by at most {margin} points; the test split decided
 nothing.
 
-Trainings are short, minutes on one core: {epochs}.
-Longer ones are a change of `EPOCHS` in the example.
+The control is the float network trained on for as many epochs as for rate, the first one teaching, as it does there.
+Trainings are minutes on one core: {epochs}.
 """
 
 
@@ -53,6 +53,8 @@ def _section(name: str, cells: list[dict[str, Any]], margin: float) -> str:
     lines.append(_line(cells, [_row(cell, "float") for cell in cells], "float32", f"{paper['float']} kB"))
     for (stage, title), ratio in zip(STAGES.items(), paper["ratios"], strict=True):
         lines.append(_line(cells, [_row(cell, stage) for cell in cells], title, f"{ratio}×"))
+    if all(any(row["stage"] == "control" for row in cell["rows"]) for cell in cells):
+        lines.append(_line(cells, [_row(cell, "control") for cell in cells], "control: float, trained as long", ""))
     rates = sorted({row["rate"] for cell in cells for row in cell["rows"] if row["stage"] == "rate"})
     for rate in rates:
         rows = [next(r for r in cell["rows"] if r.get("rate") == rate) for cell in cells]
@@ -84,7 +86,7 @@ def _line(cells: list[dict[str, Any]], rows: list[dict[str, Any]], title: str, p
     ratio, packed = (_mean([f / size for f, size in zip(full, each, strict=True)]) for each in (sizes, packs))
     changes = "; ".join(_change(row) for row in rows) if "drop" in rows[0] else ""
     errors = ", ".join(f"{100 - row['accuracy']:.2f}" for row in rows)
-    own = (f"{_mean(sizes):,.0f}", f"{ratio:.0f}×") if rows[0]["stage"] != "rate" else ("", "")
+    own = (f"{_mean(sizes):,.0f}", f"{ratio:.0f}×") if rows[0]["stage"] not in ("rate", "control") else ("", "")
     return f"| {title} | {own[0]} | {own[1]} | {paper} | {_mean(packs):,.0f} | {packed:.0f}× | {errors} | {changes} |"
 
 

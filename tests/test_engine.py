@@ -28,7 +28,7 @@ from kompakt.engine.choice import Choice
 from kompakt.engine.explore import Asked, explore
 from kompakt.engine.frontier import Limits, choose, fronted, one_point_more
 from kompakt.engine.ledger import choice_of, open_ledger
-from kompakt.engine.strategy import Space, propose
+from kompakt.engine.strategy import Space, propose, within_reach
 from kompakt.errors import BudgetError, InputError
 from kompakt.job import Job
 from kompakt.loaders import loader_split
@@ -76,6 +76,21 @@ def test_what_is_in_other_hands_is_not_proposed_again() -> None:
     assert propose({first: float("inf")}, SMALL) not in (None, first)
     assert Choice(fewer_macs=1.5) in walk(lambda choice: 0.0, SMALL)
     assert walk(lambda choice: float("inf"), SMALL)[-1].epochs == 3
+
+
+def test_the_sampler_draws_what_is_near_to_what_kept_the_budget(tmp_path: Path) -> None:
+    drops = {Choice(): 0.0, Choice(fewer_macs=1.2): 0.9, Choice(fewer_macs=3.0): 9.0, Choice(drop_blocks=1): 5.0}
+    reach = within_reach(drops, SMALL)
+    assert (reach.most, reach.blocks) == (1.8, 0)
+    assert within_reach({Choice(): 0.0}, SMALL).blocks == 1
+    ledger = open_ledger(tmp_path, None, {}, 0)
+    for number in range(6):
+        with ledger.taken(None, SMALL, reach) as (trial, choice):
+            assert 1 <= choice.fewer_macs <= 1.8
+            assert choice.drop_blocks == 0
+            ledger.tell(trial, tried(number, choice.fewer_macs))
+    with ledger.taken(Choice(fewer_macs=7.0), SMALL, reach) as (_, choice):
+        assert choice == Choice(fewer_macs=7.0)
 
 
 def tried(number: int, drop: float | None, size: int = 100, ratio: float = 1.0, half: float = 0.1) -> Tried:

@@ -13,10 +13,11 @@ from torch.nn import functional as F
 
 from kompakt.artifact.onnx import Options, export_onnx, open_onnx
 from kompakt.artifact.targets import target
+from kompakt.awareness import begun
 from kompakt.bits import unquantized
 from kompakt.build.aware import Aware, aware, shipped, with_signs, without_tensors
 from kompakt.build.integer import exact
-from kompakt.build.layers import TwoValues
+from kompakt.build.layers import Codebook, TwoValues
 from kompakt.build.quantize import codebooks, quantize, quantizers
 from kompakt.build.taps import set_mode
 from kompakt.build.train import Loader, TrainSettings, train
@@ -33,7 +34,7 @@ from kompakt.methods.codebook import Knobs as BookKnobs
 from kompakt.methods.codebook import codebook
 from kompakt.methods.uniform import Knobs, uniform
 from kompakt.numerics.binary import trained_ternary
-from kompakt.numerics.codebook import LEVELS, project
+from kompakt.numerics.codebook import LEVELS, gather, project
 from kompakt.plan.plan import Plan, Quantize
 from kompakt.plan.recipe import QuantizeSection, Recipe
 from kompakt.plan.rules import ONNXRUNTIME, placed
@@ -285,6 +286,44 @@ def test_prune_teacher_and_a_trained_codebook_compose(tmp_path: Path) -> None:
     found = compress(tiny_job(tmp_path, recipe))
     assert {layer.weight_bits for layer in found.layers} == {3}
     assert any("codebooks are storage only" in text for text in found.decisions)
+
+
+def test_a_shared_value_takes_the_mean_of_its_weights_steps() -> None:
+    generator = torch.Generator().manual_seed(0)
+    indices = torch.randint(0, 3, (6, 10), generator=generator).to(torch.uint8)
+    book = Codebook(indices, torch.randn(2, 4, generator=generator))
+    book.values.requires_grad_(True)
+    grad = torch.randn(6, 10, generator=generator)
+    weight = book(torch.zeros(6, 10))
+    assert torch.equal(weight, gather(indices, book.values))
+    (weight * grad).sum().backward()
+    for row, (found, held) in enumerate(zip(grad.reshape(2, -1), indices.reshape(2, -1), strict=True)):
+        means = [found[held == value].mean() for value in range(3)]
+        assert torch.allclose(book.values.grad[row], torch.stack([*means, torch.zeros(())]), atol=1e-6)  # type: ignore[index]
+
+
+def test_training_a_codebook_of_wide_layers_stays_near_its_start(tmp_path: Path) -> None:
+    """Sums of a hundred thousand gradients would carry four values away at once."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 600), nn.ReLU(), nn.Linear(600, 4))
+    job = replace(tiny_job(tmp_path, "[quantize]\ncodebook = 2\n"), model=model)
+    capture = trace(model.eval(), images(2, size=8))
+    folded = fold(capture)
+    plan, _ = codebook(folded.graph, BookKnobs(bits=2))
+    stats = calibrate(folded, [images(16, size=8)], placed(folded.graph, ONNXRUNTIME))
+    made = begun(job, job.recipe.quantize, capture, plan, stats)
+    plain = aware(capture, plan, stats)
+    assert any(
+        not torch.equal(book.indices, codebooks(plain.module)[name].indices)
+        for name, book in codebooks(made.module).items()
+    )
+    start = {name: book.values.detach().clone() for name, book in codebooks(made.module).items()}
+    batches = list(job.data.train.batches(16))
+    loader = Loader(batches=lambda epoch: batches * 5, steps=5 * len(batches))
+    losses = train(made.module, loader, TrainSettings(epochs=2, learning_rate=0.02)).history
+    assert losses[-1].loss < losses[0].loss
+    for name, book in codebooks(made.module).items():
+        assert (book.values - start[name]).norm() < 0.5 * start[name].norm()
 
 
 def test_a_budget_that_training_breaks_gives_layers_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,8 +114,7 @@ class Codebook(nn.Module):
         super().__init__()
         self.register_buffer("indices", indices)
         self.values = nn.Parameter(values, requires_grad=False)
-        shares = centroid_gradient(torch.ones(indices.shape), indices.cpu(), values.shape[1], len(values))
-        self.register_buffer("grad_scale", shares.clamp_min(1).reciprocal().to(values), persistent=False)
+        self.register_buffer("grad_scale", _reciprocal_shares(indices, values), persistent=False)
 
     @property
     def bits(self) -> int:
@@ -124,11 +123,12 @@ class Codebook(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the shared values; ``weight``, which they replaced, is not looked at."""
-        values = self.values
-        if values.requires_grad:
-            slow = values * self.grad_scale
-            values = values.detach() + (slow - slow.detach())
-        return gather(self.indices, values)
+        return gather(self.indices, _slowed(self.values, self.grad_scale))
+
+    def begin_at(self, other: "Codebook") -> None:
+        """Take another book's indices and values."""
+        self.indices, self.grad_scale = other.indices.clone(), other.grad_scale.clone()
+        self.values.data = other.values.detach().clone()
 
     def settled(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return the indices and the values as they ship."""
@@ -167,7 +167,8 @@ class Levels(nn.Module):
 class Ternary(nn.Module):
     """Train a weight as −Wn, 0 or Wp, both learned; it ships as a ``Codebook``.
 
-    TTQ, Zhu et al. 2017, arXiv 1612.01064.
+    TTQ, Zhu et al. 2017, arXiv 1612.01064. The summed gradients of Wn and Wp are divided by a third of a row's length,
+    about how many weights share each, as a ``Codebook`` does.
 
     Args:
         values: −Wn, 0, Wp: (G, 3).
@@ -184,7 +185,8 @@ class Ternary(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """Return the ternary weight, with the gradients of TTQ."""
         rows = weight.reshape(len(self.positive), -1)
-        return trained_ternary(rows, self.positive, self.negative, self.threshold).reshape(weight.shape)
+        positive, negative = (_slowed(value, 3 / rows.shape[1]) for value in (self.positive, self.negative))
+        return trained_ternary(rows, positive, negative, self.threshold).reshape(weight.shape)
 
     def settled(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return the indices and the values (G, 3) that ship."""
@@ -193,6 +195,18 @@ class Ternary(nn.Module):
         indices = ((rows > limit).int() - (rows < -limit).int() + 1).to(torch.uint8)
         ends = -self.negative.detach(), self.positive.detach()
         return indices.reshape(weight.shape), torch.cat([ends[0], torch.zeros_like(ends[0]), ends[1]], dim=1)
+
+
+def _slowed(x: Tensor, factor: Tensor | float) -> Tensor:
+    """Return ``x`` to the bit, its gradient times ``factor``."""
+    slow = x * factor
+    return x.detach() + (slow - slow.detach())
+
+
+def _reciprocal_shares(indices: Tensor, values: Tensor) -> Tensor:
+    """Return one over how many weights share each value, (G, k); 1 where none does."""
+    counts = centroid_gradient(torch.ones_like(indices, dtype=values.dtype), indices, values.shape[1], len(values))
+    return counts.clamp_min(1).reciprocal()
 
 
 class TwoValues(nn.Module):

@@ -11,7 +11,7 @@ from kompakt.engine.effort import Effort, begun, epoch_seconds
 from kompakt.engine.frontier import Limits, choose
 from kompakt.engine.ledger import Ledger, open_ledger
 from kompakt.engine.shipping import shipped
-from kompakt.engine.strategy import Objective, Space, propose
+from kompakt.engine.strategy import Objective, Space, propose, within_reach
 from kompakt.errors import InputError, KompaktError
 from kompakt.graph.fold import fold
 from kompakt.graph.trace import trace
@@ -107,7 +107,8 @@ class _Search:
             if ended:
                 return [ended]
             try:
-                with self.ledger.taken(proposed, self.space) as (trial, choice):
+                reach = within_reach(drops, self.space)
+                with self.ledger.taken(proposed, self.space, reach) as (trial, choice):
                     self.job.say(self._progress(trial.number, choice, tried))
                     folder = folder_of(self.job.out, trial.number)
                     self.ledger.tell(trial, kept(folder) or self._attempt(trial.number, choice))

@@ -49,20 +49,32 @@ class Ledger:
         return found
 
     @contextmanager
-    def taken(self, proposed: Choice | None, space: Space) -> Iterator[tuple[Trial, Choice]]:
-        """Take a trial that a dead worker left, else a new one: what is proposed, or what the sampler draws."""
+    def taken(
+        self, proposed: Choice | None, space: Space, reach: Space | None = None
+    ) -> Iterator[tuple[Trial, Choice]]:
+        """Take a trial that a dead worker left, else a new one: what is proposed, or what the sampler draws.
+
+        Args:
+            proposed: by the plan of the search; None lets the sampler draw.
+            space: what may be tried.
+            reach: what the sampler may draw; None is ``space``.
+        """
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             with self._held(trial.number) as alone:
                 if alone and self.study.get_trials(deepcopy=False)[trial.number].state == TrialState.RUNNING:
                     mine = Trial(self.study, trial._trial_id)
-                    yield mine, _suggest(mine, space)
+                    yield mine, _suggest(mine, space if self._planned(mine) else reach or space)
                     return
         self.study.sampler = _sampler(self.seed + len(self.study.get_trials(deepcopy=False)))
         if proposed is not None:
             self.study.enqueue_trial(vars(proposed))
         mine = self.study.ask()
         with self._held(mine.number):
-            yield mine, _suggest(mine, space)
+            yield mine, _suggest(mine, space if self._planned(mine) else reach or space)
+
+    def _planned(self, trial: Trial) -> bool:
+        """Whether a trial was proposed, not left to the sampler."""
+        return "fixed_params" in self.study.get_trials(deepcopy=False)[trial.number].system_attrs
 
     @contextmanager
     def _held(self, number: int) -> Iterator[bool]:

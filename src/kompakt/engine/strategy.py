@@ -35,6 +35,25 @@ class Space:
     blocks: int = 0
 
 
+def within_reach(drops: Mapping[Choice, float], space: Space) -> Space:
+    """Bound what a sampler may draw: a stride beyond what kept the budget, a block more unless that broke it.
+
+    Args:
+        drops: points lost by every candidate tried.
+        space: what may be tried at all.
+
+    Example:
+        >>> within_reach({Choice(fewer_macs=2.0): 0.3}, Space(max_drop=1.0, blocks=2)).most
+        3.0
+    """
+    good = [choice for choice, points in drops.items() if points <= space.max_drop]
+    broken = {choice.drop_blocks for choice, points in drops.items() if points > space.max_drop}
+    most = STRIDE * max((choice.fewer_macs for choice in good), default=1.0)
+    blocks = max((choice.drop_blocks for choice in good), default=0)
+    blocks += blocks + 1 not in broken
+    return replace(space, most=min(space.most, round(most, 2)), blocks=min(space.blocks, blocks))
+
+
 class _Wanted(Exception):
     """A candidate whose drop must be known to go on."""
 
