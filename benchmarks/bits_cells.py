@@ -91,7 +91,7 @@ def ptq(bench: Bench, label: str, section: QuantizeSection | None, split: str) -
     if section is None:
         return bench.score(folded, label, split)
     start, job = time.perf_counter(), bench.job(section)
-    capture = prepared(section, folded)
+    capture = prepared(job, section, folded)
     stats = calibrate(capture, _calibration(bench, section), placed(capture.graph, job.target.rules))
     plan, _, notes = planned(job, section, capture, stats, frozenset())
     made = refine(job, section, capture, quantize(capture, plan, stats), plan)

@@ -160,6 +160,8 @@ def test_json_is_the_result_and_nothing_else(folder: Path, tmp_path: Path, run: 
     assert result.command == "quantize"
     assert any("dynamic" in item.reason for item in result.left_alone)
     assert err == ""
+    assert run("export", tmp_path / "q", "--to", "onnxruntime", "--out", tmp_path / "copy", "--quiet") == (0, "", "")
+    assert (tmp_path / "copy" / "model.onnx").read_bytes() == (tmp_path / "q" / "model.onnx").read_bytes()
 
 
 def test_a_recipe_says_what_to_do(folder: Path, tmp_path: Path, run: Run) -> None:
@@ -389,6 +391,10 @@ def test_distill_makes_a_student_trains_it_and_its_weights_come_back(
     assert "decoupled, attention" in result.stages[1].did
     plan, state = Plan.read(out / "plan.json"), read_weights(out / "student.safetensors")
     assert restructured(residual(), plan, state).conv1.weight.shape[0] == 4
+
+    status, _, err = run("export", out, "--to", "triton", "--out", tmp_path / "repository", "--quiet")
+    assert status == 0, err
+    assert (tmp_path / "repository" / "model" / "1" / "model.onnx").read_bytes() == (out / "student.onnx").read_bytes()
 
     own = tmp_path / "own"
     options = ("--student", "tests.nets:branches", "--teacher", "original", "--teacher", out / "baseline.onnx")

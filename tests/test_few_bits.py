@@ -17,7 +17,7 @@ from kompakt.awareness import begun
 from kompakt.bits import unquantized
 from kompakt.build.aware import Aware, aware, shipped, with_signs, without_tensors
 from kompakt.build.integer import exact
-from kompakt.build.layers import Codebook, TwoValues
+from kompakt.build.layers import TwoValues
 from kompakt.build.quantize import codebooks, quantize, quantizers
 from kompakt.build.taps import set_mode
 from kompakt.build.train import Loader, TrainSettings, train
@@ -34,7 +34,7 @@ from kompakt.methods.codebook import Knobs as BookKnobs
 from kompakt.methods.codebook import codebook
 from kompakt.methods.uniform import Knobs, uniform
 from kompakt.numerics.binary import trained_ternary
-from kompakt.numerics.codebook import LEVELS, gather, project
+from kompakt.numerics.codebook import LEVELS, project
 from kompakt.plan.plan import Plan, Quantize
 from kompakt.plan.recipe import QuantizeSection, Recipe
 from kompakt.plan.rules import ONNXRUNTIME, placed
@@ -286,20 +286,6 @@ def test_prune_teacher_and_a_trained_codebook_compose(tmp_path: Path) -> None:
     found = compress(tiny_job(tmp_path, recipe))
     assert {layer.weight_bits for layer in found.layers} == {3}
     assert any("codebooks are storage only" in text for text in found.decisions)
-
-
-def test_a_shared_value_takes_the_mean_of_its_weights_steps() -> None:
-    generator = torch.Generator().manual_seed(0)
-    indices = torch.randint(0, 3, (6, 10), generator=generator).to(torch.uint8)
-    book = Codebook(indices, torch.randn(2, 4, generator=generator))
-    book.values.requires_grad_(True)
-    grad = torch.randn(6, 10, generator=generator)
-    weight = book(torch.zeros(6, 10))
-    assert torch.equal(weight, gather(indices, book.values))
-    (weight * grad).sum().backward()
-    for row, (found, held) in enumerate(zip(grad.reshape(2, -1), indices.reshape(2, -1), strict=True)):
-        means = [found[held == value].mean() for value in range(3)]
-        assert torch.allclose(book.values.grad[row], torch.stack([*means, torch.zeros(())]), atol=1e-6)  # type: ignore[index]
 
 
 def test_training_a_codebook_of_wide_layers_stays_near_its_start(tmp_path: Path) -> None:

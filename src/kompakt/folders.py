@@ -91,6 +91,12 @@ def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
     return sorted((entry for entry in shown if entry.name.lower() not in SYSTEM_FILES), key=lambda entry: entry.name)
 
 
+def contents(folder: Path) -> str:
+    """Name what lies in a folder, the first four: ``a.txt, train/``; nothing where it is empty."""
+    names = [entry.name + "/" * entry.is_dir() for entry in _entries(folder)]
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
 def _folders(folder: Path) -> tuple[str, ...]:
     """Names of the folders in a folder, sorted, hidden ones left out."""
     return tuple(entry.name for entry in _entries(folder) if entry.is_dir())
@@ -115,10 +121,9 @@ def _layout(root: Path, found: list[str]) -> str:
         return f"{root}: there is no such folder; {expected}"
     if not root.is_dir():
         return f"{root}: is a file; unpack it and give the folder: {expected}"
-    names = [entry.name + "/" * entry.is_dir() for entry in _entries(root)]
-    if not names:
+    there = contents(root)
+    if not there:
         return f"{root}: is empty; {expected}"
-    there = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
     missing = "no train/ in it" if "train" not in found else "train/ has neither val/ nor test/ beside it"
     return f"{root}: {missing}; {expected}; found {there}"
 

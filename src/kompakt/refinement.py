@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from kompakt.build.equalize import equalized, with_biases
+from kompakt.build.equalize import equalized, evened, lifted, with_biases
 from kompakt.build.importance import output_importance
 from kompakt.build.quantize import codebooks, quantizers
 from kompakt.build.rate import Rate
@@ -37,10 +37,16 @@ def equalizes(section: QuantizeSection) -> bool:
     return section.codebook is not None and section.codebook_granularity == "tensor"
 
 
-def prepared(section: QuantizeSection, capture: Capture) -> Capture:
-    """Return the float capture that is calibrated and quantized: equalized, with a bias everywhere, as asked."""
+def prepared(job: Job, section: QuantizeSection, capture: Capture) -> Capture:
+    """Return the float capture that is calibrated and quantized: equalized, with a bias everywhere, as asked.
+
+    Unless equalization is refused, channels that depthwise convolutions read are evened, which costs nothing.
+    """
     if equalizes(section):
         capture = equalized(capture)
+    elif section.equalize is None:
+        part = job.data.train.subset(min(section.calibration_examples, len(job.data.train)), seed=job.seed)
+        capture = evened(capture, (inputs for inputs, _ in part.batches(BATCH)))
     return with_biases(capture) if _how(section).bias_correction else capture
 
 
@@ -72,6 +78,8 @@ def notes(section: QuantizeSection, made: Capture, suffix: str, *, taught: bool 
     """
     how = Refinement(rounding="nearest") if taught else _how(section)
     said = ["weights equalized across layers"] if equalizes(section) and not taught else []
+    if section.equalize is None and not equalizes(section) and not taught and lifted(made.graph):
+        said.append("channels before depthwise convolutions evened")
     if how.rounding != "nearest" or how.bias_correction:
         said.append(_named(how, section.rate))
     if suffix == ".onnx":

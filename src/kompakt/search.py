@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kompakt import __version__
+from kompakt.artifact.targets import MADE_BY
 from kompakt.awareness import trained
 from kompakt.bits import knobs, planned, unquantized
 from kompakt.build.aware import Aware, shipped, without_tensors
@@ -120,7 +120,7 @@ def _outputs(capture: Capture) -> int:
 
 def _export(job: Job, capture: Capture, name: str) -> Path:
     path = job.out / f"{name}{job.target.suffix}"
-    return job.target.export(capture, path, metadata={"made_by": f"kompakt {__version__}"})
+    return job.target.export(capture, path, metadata=MADE_BY)
 
 
 def _float(last: StageFile, capture: Capture, found: Slim) -> Chosen:
@@ -135,7 +135,7 @@ def _quantized(job: Job, section: QuantizeSection, capture: Capture, baseline: P
         job.say("scoring the original on the validation split")
         reference = job.judge.score(baseline, job.data.validation)
     # What is trained is the network itself; equalizing, and mending after, is for a network that is not.
-    capture = capture if job.recipe.qat.epochs else prepared(section, capture)
+    capture = capture if job.recipe.qat.epochs else prepared(job, section, capture)
     stats = _calibrated(job, section, capture)
     best, decisions = _within_budget(job, section, capture, stats, reference, found.model)
     final = best.path.replace(job.out / f"model{job.target.suffix}")

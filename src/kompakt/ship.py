@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kompakt import __version__
 from kompakt.artifact.lint import Finding
-from kompakt.artifact.targets import Target
+from kompakt.artifact.targets import MADE_BY, Target
+from kompakt.build.equalize import evened
 from kompakt.build.integer import exact
 from kompakt.build.quantize import quantize
 from kompakt.data import Split
@@ -73,6 +73,7 @@ def quantized(
         knobs: of the method.
     """
     capture = target.prepare(fold(trace(model, example)))
+    capture = evened(capture, (inputs for inputs, _ in calibration.batches(BATCH)))
     sites = placed(capture.graph, target.rules, knobs.keep)
     stats = calibrate(capture, (inputs for inputs, _ in calibration.batches(BATCH)), sites)
     stats = pool(stats, pooled(capture.graph, target.rules, sites))
@@ -103,7 +104,7 @@ def ship(
         ModelError: the target lacks an operator of the model.
     """
     say(f"exporting to {target.name}")
-    path = target.export(capture, out / f"model{target.suffix}", metadata={"made_by": f"kompakt {__version__}"})
+    path = target.export(capture, out / f"model{target.suffix}", metadata=MADE_BY)
     say("comparing with the simulated model")
     inputs = capture.example[0] if proof is None else proof
     parity = prove(capture, target, path, inputs)

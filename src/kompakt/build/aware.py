@@ -76,7 +76,7 @@ def aware(capture: Capture, plan: Plan, stats: Stats, form: Form = "steps", seed
 
     Esser et al. 2020 (LSQ), arXiv 1902.08153; Bhalgat et al. 2020 (LSQ+), arXiv 2004.09576; signs: Rastegari et
     al. 2016 (XNOR-Net), arXiv 1603.05279, Li et al. 2016 (TWN), arXiv 1605.04711; values of codebooks move by
-    their weights' summed gradients: Han et al. 2016 (Deep Compression), arXiv 1510.00149.
+    the mean of their weights' gradients: Han et al. 2016 (Deep Compression), arXiv 1510.00149.
 
     Args:
         capture: of the float model, batch norms not folded; it is left as it was.

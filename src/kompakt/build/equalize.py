@@ -1,18 +1,23 @@
 """Rewrite a folded capture so that it quantizes better, its function unchanged: equalized scales, biases everywhere."""
 
 import copy
+from collections.abc import Iterable
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from kompakt.graph.fold import set_parameter
 from kompakt.graph.graph import Graph, Op
 from kompakt.graph.trace import Capture, attribute, read
-from kompakt.numerics.equalize import Layer, equalize_chain
+from kompakt.numerics.equalize import Layer, equalize_chain, lift, scale_inputs, scale_outputs
+from kompakt.plan.rules import is_depthwise, moves
 
 LINKED = frozenset({"conv1d", "conv2d", "conv3d", "linear"})
 HOMOGENEOUS = frozenset({"relu", "leaky_relu", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d"})
 """Ops with ``f(s x) = s f(x)`` for each channel's ``s > 0``; ReLU6, GELU and SiLU are not."""
+
+
+CLAMPS = frozenset({"relu", "relu6", "hardtanh"})
 
 
 def equalized(capture: Capture) -> Capture:
@@ -35,6 +40,82 @@ def equalized(capture: Capture) -> Capture:
             if made.bias is not None:
                 set_parameter(module, str(op.ref("bias")), made.bias)
     return Capture(module=module, graph=capture.graph, example=capture.example)
+
+
+def evened(capture: Capture, inputs: Iterable[Tensor]) -> Capture:
+    """Return a capture whose depthwise convolutions read channels that reach equally high (``numerics.equalize.lift``).
+
+    Unlike ``equalized`` this goes through ReLU6: no channel is lifted to where the clamp would cut it. It computes the
+    same on ``inputs``, and on all inputs where no channel exceeds what it reached there by a tenth.
+
+    Args:
+        capture: a folded capture; left as it was.
+        inputs: batches of calibration examples; not looked at where there is nothing to even.
+    """
+    found = lifted(capture.graph)
+    if not found:
+        return capture
+    module = copy.deepcopy(capture.module)
+    peaks = _Peaks(module, frozenset(layer.name for layer, _, _ in found)).of(inputs)
+    for layer, ceiling, after in found:
+        made, following = _layer(module, capture.graph, layer), _layer(module, capture.graph, after)
+        factor = lift(peaks[layer.name], ceiling)
+        weight, bias = scale_outputs(made.weight, made.bias, factor)
+        set_parameter(module, str(layer.ref("weight")), weight.contiguous())
+        if bias is not None:
+            set_parameter(module, str(layer.ref("bias")), bias)
+        set_parameter(module, str(after.ref("weight")), scale_inputs(following.weight, 1 / factor, _groups(after)))
+    return Capture(module=module, graph=capture.graph, example=capture.example)
+
+
+def lifted(graph: Graph) -> tuple[tuple[Op, float, Op], ...]:
+    """Return every layer, the upper end of the clamp behind it, and the depthwise convolution that alone reads it."""
+    found = []
+    for op in graph.layers:
+        here, ceiling = op, None
+        while _movable(graph, op) and here.name not in graph.outputs and len(graph.users[here.name]) == 1:
+            here = graph.users[here.name][0]
+            if here.kind in CLAMPS and ceiling is None:
+                ceiling = _ceiling(here)
+            elif ceiling is not None and is_depthwise(graph, here) and _movable(graph, here):
+                if here.kind == op.kind and _channels(op) == _inputs(graph, here):
+                    found.append((op, ceiling, here))
+                break
+            elif here.kind != "pad" or not moves(here):
+                break
+    return tuple(found)
+
+
+def _ceiling(op: Op) -> float | None:
+    """The upper end of a clamp whose lower end is 0, or None."""
+    if op.kind in ("relu", "relu6"):
+        return float("inf") if op.kind == "relu" else 6.0
+    low, high = op.arguments.get("min_val", -1.0), op.arguments.get("max_val", 1.0)
+    return float(high) if low == 0 and isinstance(high, int | float) else None
+
+
+class _Peaks(fx.Interpreter):
+    """An interpreter that keeps the largest value of every channel of some convolutions."""
+
+    def __init__(self, module: fx.GraphModule, names: frozenset[str]) -> None:
+        super().__init__(module)
+        self.names = names
+        self.peaks: dict[str, Tensor] = {}
+
+    def of(self, inputs: Iterable[Tensor]) -> dict[str, Tensor]:
+        """Run batches, and return the peaks, (channels,) each."""
+        with torch.no_grad():
+            for batch in inputs:
+                self.run(batch)
+        return self.peaks
+
+    def run_node(self, n: fx.Node) -> object:
+        """Run one node and keep its output's peaks."""
+        value = super().run_node(n)
+        if n.name in self.names and isinstance(value, Tensor):
+            peaks = value.amax((0, 2, 3))
+            self.peaks[n.name] = torch.maximum(self.peaks[n.name], peaks) if n.name in self.peaks else peaks
+        return value
 
 
 def chains(graph: Graph) -> tuple[tuple[Op, ...], ...]:

@@ -14,8 +14,9 @@ from kompakt.artifact.lint import Finding
 from kompakt.artifact.onnx import open_onnx
 from kompakt.artifact.targets import Target, runtime_of, target
 from kompakt.artifact.targets.onnxruntime import snippet
-from kompakt.build.prune import apply_prune
+from kompakt.build.structure import apply_structure
 from kompakt.cli.options import Bits, ModelOptions, OptionalDataOptions, RunOptions
+from kompakt.cli.outcome import artifact_of, long_form
 from kompakt.cli.voice import speaking
 from kompakt.errors import InputError
 from kompakt.files import atomic_write, writable_folder
@@ -45,7 +46,7 @@ def export(
     model: ModelOptions,
     data: OptionalDataOptions,
     run: RunOptions,
-    plan: Annotated[Path | None, typer.Option(help="plan.json of a pruned model, whose --weights are given")] = None,
+    plan: Annotated[Path | None, typer.Option(help="plan.json of a smaller model, whose --weights are given")] = None,
     calibration: Annotated[int, typer.Option(help="training examples to calibrate on", min=1)] = 512,
     proofs: Annotated[int, typer.Option(help="test examples on which the file is compared", min=1)] = PROOFS,
     tune_options: Annotated[bool, typer.Option("--tune", help="choose ONNX Runtime's options by measurement")] = False,
@@ -53,15 +54,16 @@ def export(
     activation_bits: Annotated[int | None, Bits] = None,
     power_of_two: Annotated[bool, typer.Option("--power-of-two", help="scales 2^n, zero points 0")] = False,
 ) -> None:
-    """Write MODEL (or a folder that compress wrote) for a runtime: float without --data, int8 with it."""
+    """Write MODEL (or a folder that another command wrote) for a runtime: float without --data, int8 with it."""
     chosen = target(to)
     if tune_options and chosen.name != "onnxruntime":
         raise InputError(f"--tune: chooses options of ONNX Runtime; {chosen.name} has none to choose")
     if Path(model.model).is_dir():
-        shipped = _converted(Path(model.model), chosen, writable_folder(out))
+        given = {"--data": data.data, "--plan": plan, "--weights": model.weights}
+        shipped = _converted(Path(model.model), chosen, out, [name for name, value in given.items() if value])
         _tell(_tuned(shipped, run) if tune_options else shipped, chosen, out, run)
         return
-    network = _pruned(model, plan, run) if plan else model.load(run.seed)
+    network = _smaller(model, plan) if plan else model.load(run.seed)
     folder, islands = writable_folder(out), ""
     with speaking(run) as say:
         if data.data is None:
@@ -113,28 +115,26 @@ def _fits(file: Path, chosen: Target) -> None:
         raise InputError(f"{file}: {chosen.name} takes {kind}; this looks like one of {guess}")
 
 
-def _pruned(model: ModelOptions, plan: Path, run: RunOptions) -> nn.Module:
-    """Build the model, cut it as the plan says, and load what was trained after the cut."""
+def _smaller(model: ModelOptions, plan: Path) -> nn.Module:
+    """Build the model, make it smaller as the plan says, and load what was trained afterwards."""
     if model.weights is None:
-        raise InputError("--plan: give the weights of the pruned model with --weights, such as DIR/pruned.safetensors")
+        raise InputError("--plan: give the weights of the smaller model with --weights, such as DIR/pruned.safetensors")
     whole = load_model(model.model, arguments=parse_arguments(model.model_arg or []))
     example: Tensor = model.example()
-    made = apply_prune(whole, Plan.read(plan), example)
+    made = apply_structure(whole, Plan.read(plan), example)
     load_weights(made, model.weights, name=model.model)
     return made.eval()
 
 
-def _converted(folder: Path, chosen: Target, out: Path) -> Shipped:
-    """Write the model of a folder for a target that takes ONNX with the same rules."""
-    source = folder / "model.onnx"
-    if not source.is_file():
-        raise InputError(f"{folder}: holds no model.onnx; give a folder that kompakt compress wrote, or a model")
+def _converted(folder: Path, chosen: Target, out: Path, given: list[str]) -> Shipped:
+    """Write the model of a folder for a target that takes ONNX with the same rules; ``given`` needs its class."""
+    source = artifact_of(folder)
+    again = long_form(folder, source, chosen.name)
+    if given:
+        raise InputError(f"{folder}: {given[0]} is for a model, {source.name} is made: leave it out, or give {again}")
     if chosen.convert is None:
-        raise InputError(
-            f"{folder}: its integers follow ONNX Runtime's rules, not {chosen.name}'s; "
-            f"give the model: kompakt export MODEL --plan {folder}/plan.json --weights {folder}/pruned.safetensors"
-        )
-    path = chosen.convert(source, out / f"model{chosen.suffix}")
+        raise InputError(f"{folder}: {chosen.name} is written from the model, not from {source.name}; give {again}")
+    path = chosen.convert(source, writable_folder(out) / f"model{chosen.suffix}")
     return Shipped(
         path=path,
         size_bytes=size_bytes(path),

@@ -11,6 +11,7 @@ from kompakt.artifact.kpk_safetensors import pack_safetensors
 from kompakt.artifact.splice import unpack_file
 from kompakt.artifact.targets import target
 from kompakt.cli.options import ModelOptions, OptionalDataOptions, RunOptions
+from kompakt.cli.outcome import artifact_of
 from kompakt.cli.voice import speaking
 from kompakt.errors import InputError
 from kompakt.files import writable_folder
@@ -51,7 +52,7 @@ def pack(
     if max_drop is not None or size_bytes is not None or rate is not None:
         raise InputError("--max-drop, --size-bytes and --rate need --data: without data packing is lossless")
     source = Path(model.model)
-    file = source / "model.onnx" if source.is_dir() else source
+    file = artifact_of(source) if source.is_dir() else source
     if file.suffix not in PACKERS:
         raise InputError(f"{file}: expected a .onnx or .safetensors file, or a MODEL and --data")
     if not file.is_file():

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from kompakt.allotment import Timing, need_faster, times_faster_for
-from kompakt.artifact.targets import target
+from kompakt.artifact.targets import MADE_BY, target
 from kompakt.cache import cache_folder
 from kompakt.cli.compress import Out, run_job
 from kompakt.cli.options import DataOptions, ModelOptions, OptionalDataOptions, RunOptions
@@ -212,7 +212,7 @@ def _without_data(
         save_weights(found.model, folder / "pruned.safetensors")
         atomic_write(folder / "plan.json", found.plan.to_json().encode())
         say("exporting")
-        runtime.export(fold(trace(found.model, model.example())), folder / "pruned.onnx", metadata={})
+        runtime.export(fold(trace(found.model, model.example())), folder / "pruned.onnx", metadata=MADE_BY)
     if not (run.quiet or run.json):
         console = Console()
         console.print(found.did, highlight=False)

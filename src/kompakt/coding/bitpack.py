@@ -66,18 +66,11 @@ def _pack_narrow(values: np.ndarray, bits: int) -> bytes:
     """Eight values of ``bits`` bits make ``bits`` bytes."""
     if bits == 8:
         return values.tobytes()
-    if bits == 0:
-        return b""
     out = bytearray()
-    for start in range(0, values.size, 8 * CHUNK):
-        part = values[start : start + 8 * CHUNK]
-        groups = np.zeros((-(-part.size // 8), 8), np.uint64)
-        groups.reshape(-1)[: part.size] = part
-        words = np.zeros(len(groups), "<u8")
-        for index in range(8):
-            words |= groups[:, index] << np.uint64(index * bits)
-        out += words.view(np.uint8).reshape(-1, 8)[:, :bits].tobytes()
-    return bytes(out[: packed_size(values.size, bits)])
+    for start in range(0, values.size if bits else 0, 8 * CHUNK):
+        part = values[start : start + 8 * CHUNK, None]
+        out += np.packbits(np.unpackbits(part, axis=1, count=bits, bitorder="little"), bitorder="little").tobytes()
+    return bytes(out)
 
 
 def _unpack_narrow(raw: np.ndarray, bits: int, count: int) -> np.ndarray:

@@ -83,15 +83,15 @@ def weight_of(code: np.ndarray) -> np.ndarray:
 
 
 CODE_WEIGHTS = weight_of(np.arange(64))
+CODE_EDGES = (CODE_WEIGHTS[1:] + CODE_WEIGHTS[:-1]) / 2
 
 
 def histogram_frequencies(codes: np.ndarray, first: int, bits: int) -> np.ndarray:
     """Frequencies [256] of a stored histogram: ``codes`` of the symbols from ``first`` on, the escape last."""
     weights = CODE_WEIGHTS[codes]
-    present = weights > 0
-    total = (1 << bits) - int(present.sum())
-    scaled = np.where(present, np.maximum(1, weights * total // int(weights.sum())), 0)
-    scaled[np.argmax(scaled)] += (1 << bits) - int(scaled.sum())
+    total = (1 << bits) - np.count_nonzero(weights)
+    scaled = np.maximum(weights * total // int(weights.sum()), weights > 0)
+    scaled[scaled.argmax()] += (1 << bits) - int(scaled.sum())
     table = np.zeros(SYMBOLS, np.int64)
     table[first : first + codes.size - 1] = scaled[:-1]
     table[ESCAPE] = scaled[-1]
@@ -105,10 +105,9 @@ def histogram_codes(counts: np.ndarray) -> tuple[int, np.ndarray]:
     """
     used = np.flatnonzero(counts[:ESCAPE])
     first, last = (int(used[0]), int(used[-1])) if used.size else (ZERO, ZERO)
-    wanted = np.append(counts[first : last + 1], counts[ESCAPE]).astype(np.float64)
+    wanted = np.concatenate([counts[first : last + 1], counts[ESCAPE:]]).astype(np.float64)
     wanted *= CODE_WEIGHTS[-1] / max(wanted.max(), 1.0)
-    codes = np.searchsorted((CODE_WEIGHTS[1:] + CODE_WEIGHTS[:-1]) / 2, wanted, side="right")
-    codes = np.where(wanted > 0, np.maximum(codes, 1), 0)
+    codes = np.maximum(CODE_EDGES.searchsorted(wanted, side="right"), wanted > 0)
     codes[-1] = max(codes[-1], 1)
     codes[0] = max(codes[0], 1)
     return first, codes.astype(np.uint8)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kompakt.coding.bitpack import pack, packed_size, unpack
-from kompakt.coding.scalar import pop_call, push_call
+from kompakt.coding.scalar import pop_call, push_calls
 from kompakt.coding.wire import Cursor, varint
 from kompakt.errors import FormatError
 
@@ -66,17 +66,13 @@ def encode(calls: list[Call], lanes_log: int, bits: int, payload: bytes) -> byte
     """Code calls, in the order in which they will be read; ``payload`` fits ``capacity``."""
     lanes = 1 << lanes_log
     states = _initial(lanes, bits, payload)
-    blocks: list[np.ndarray] = []
-    for call in reversed(calls):
-        if lanes <= FEW_TO_WRITE:
-            plain = states.tolist()
-            blocks += [np.array(words, np.int64) for words in push_call(plain, call.frequencies, call.starts, bits)]
-            states[:] = plain
-            continue
-        total = call.frequencies.size
-        for start in reversed(range(0, total, 2 * lanes)):
-            blocks.append(_push_round(states, call, start, min(start + 2 * lanes, total), bits))
-    words = np.concatenate([np.zeros(0, np.int64), *reversed(blocks)]).astype("<u4")
+    if lanes <= FEW_TO_WRITE:
+        plain = states.tolist()
+        words = push_calls(plain, [(call.frequencies, call.starts) for call in calls], bits)
+        states[:] = plain
+    else:
+        words = _push_wide(states, calls, bits)
+    words = words.astype("<u4")
     return bytes([lanes_log]) + varint(words.size) + _write_states(states, bits) + words.tobytes()
 
 
@@ -195,6 +191,16 @@ def _initial(lanes: int, bits: int, payload: bytes) -> np.ndarray:
     padded = payload.ljust(packed_size(lanes - 1, 2 * bits), b"\0")
     carried = unpack(padded, 2 * bits, lanes - 1).astype(np.int64)
     return (1 << 2 * bits) + np.concatenate([np.zeros(1, np.int64), carried])
+
+
+def _push_wide(states: np.ndarray, calls: list[Call], bits: int) -> np.ndarray:
+    """Push calls, the last first; return the words in the order in which they are read."""
+    blocks: list[np.ndarray] = []
+    for call in reversed(calls):
+        total, width = call.frequencies.size, 2 * states.size
+        for start in reversed(range(0, total, width)):
+            blocks.append(_push_round(states, call, start, min(start + width, total), bits))
+    return np.concatenate([np.zeros(0, np.int64), *reversed(blocks)])
 
 
 def _push_round(states: np.ndarray, call: Call, start: int, end: int, bits: int) -> np.ndarray:

@@ -11,34 +11,43 @@ WORD_BITS = 32
 WORD = (1 << WORD_BITS) - 1
 
 
-def push_call(states: list[int], frequencies: np.ndarray, starts: np.ndarray, bits: int) -> list[list[int]]:
-    """Push the symbols of one call; return the words of its rounds, the last round first.
+def push_calls(states: list[int], calls: list[tuple[np.ndarray, np.ndarray]], bits: int) -> np.ndarray:
+    """Push the symbols of calls, one lane after another; return the words in the order in which they are read.
 
     Args:
         states: one for each lane, changed in place.
-        frequencies: int64 [N].
-        starts: int64 [N], cumulated frequencies.
+        calls: in the order in which they are read: int64 [N] each, frequencies and cumulated frequencies.
         bits: table bits.
     """
-    lanes, total = len(states), frequencies.size
-    sizes, offsets = frequencies.tolist(), starts.tolist()
-    rounds = []
-    for start in reversed(range(0, total, 2 * lanes)):
-        words = []
-        for lane in range(min(lanes, total - start)):
-            first, second = start + lane, start + lanes + lane
-            x, f = states[lane], sizes[first]
-            g = sizes[second] if second < total else 1 << bits
-            if x >= f * g << WORD_BITS:
+    lanes = len(states)
+    sizes = _rounds([size for size, _ in calls], 1 << bits, lanes)
+    starts = _rounds([start for _, start in calls], 0, lanes)
+    limits, rests = sizes[:, 0] * sizes[:, 1] << WORD_BITS, (1 << bits) - sizes
+    words: list[int] = []
+    places: list[int] = []
+    for lane, x in enumerate(states):
+        parts = [limits[:, lane], *(part[:, index, lane] for index in (1, 0) for part in (sizes, rests, starts))]
+        numbers = range((len(limits) - 1) * lanes + lane, -1, -lanes)
+        columns = (part[::-1].tolist() for part in parts)
+        for place, limit, second, second_rest, second_start, first, first_rest, first_start in zip(
+            numbers, *columns, strict=True
+        ):
+            if x >= limit:
                 words.append(x & WORD)
+                places.append(place)
                 x >>= WORD_BITS
-            if second < total:
-                quotient, rest = divmod(x, g)
-                x = (quotient << bits) + rest + offsets[second]
-            quotient, rest = divmod(x, f)
-            states[lane] = (quotient << bits) + rest + offsets[first]
-        rounds.append(words)
-    return rounds
+            # x // f · M + x mod f + c
+            x += x // second * second_rest + second_start
+            x += x // first * first_rest + first_start
+        states[lane] = x
+    return np.array(words, np.int64)[np.argsort(np.array(places, np.int64))]
+
+
+def _rounds(calls: list[np.ndarray], missing: int, lanes: int) -> np.ndarray:
+    """Values in rounds of two a lane, [rounds, 2, lanes]; each call begins a round and is filled up."""
+    filled = [np.zeros(0, np.int64)]
+    filled += [part for call in calls for part in (call, np.full(-call.size % (2 * lanes), missing, np.int64))]
+    return np.concatenate(filled).reshape(-1, 2, lanes)
 
 
 def pop_call(states: list[int], words: Iterator[int], contexts: np.ndarray, table: np.ndarray, bits: int) -> np.ndarray:

@@ -63,7 +63,6 @@ def encode_update(
         feedback.residual = {name: changes[name] - sent[name] for name in changes}
         feedback.sent = sent
         feedback.rate = rate
-        feedback.step = next(iter(rounded.steps.values()), None)
     return data
 
 
@@ -100,7 +99,7 @@ class _Sender:
         """The message, the codes that it holds, and its bits over their estimate."""
         kept, mask = selected(changes, self._spec, self._seed)
         if self._spec.ratio is not None:
-            found = self._fitted_sparse(kept, feedback) if mask is None and kept else None
+            found = self._fitted_sparse(kept, feedback.rate) if mask is None and kept else None
             return found or self._fitted(kept, mask, feedback.rate)
         rounded = self._rounded(kept, tensor_steps(kept, self._spec.bits), mask)
         if mask is None and _filled_share(rounded) <= SPARSE_SHARE:
@@ -109,17 +108,17 @@ class _Sender:
             return self._sparse(places, flat[places], rounded.steps, self._rest_blocks()), rounded, feedback.rate
         return write_message(*self._parts(rounded)), rounded, feedback.rate
 
-    def _fitted_sparse(self, kept: dict[str, Tensor], feedback: Feedback) -> tuple[bytes, Rounded, float] | None:
+    def _fitted_sparse(self, kept: dict[str, Tensor], rate: float) -> tuple[bytes, Rounded, float] | None:
         """The sparse message of the finest step that fits; None where too much is sent for that form."""
         assert self._spec.ratio is not None
         state = sum(tensor.numel() * tensor.element_size() for tensor in self._base.values())
         rest, names = self._rest_blocks(), self._layout.weights
         shape = _Shape(kept)
-        empty, rate = HEAD_BYTES + sum(map(len, rest)), feedback.rate
+        empty = HEAD_BYTES + sum(map(len, rest))
         room = max(8 * (state / self._spec.ratio - empty), min(LEAST_BITS, 8 * empty))
-        search, start = Search(shape.grid, shape.flat, self._spec), feedback.step
+        search = Search(shape.grid, shape.flat, self._spec)
         for _ in range(SPARSE_TRIALS):
-            tried = search.fitted(room / rate, start)
+            tried = search.fitted(room / rate)
             if tried.places.size > SPARSE_SHARE * shape.flat.size:
                 return None
             data = self._sparse(tried.places, tried.codes, dict.fromkeys(names, tried.step), rest)
@@ -127,7 +126,6 @@ class _Sender:
             rate = min(max(taken / max(tried.bits, 1.0), 0.5), 2.0)
             if taken <= room:
                 break
-            start = tried.step + 1
         else:
             nothing = np.zeros(0, np.int64)
             tried = Sparse(LEAST_STEP, nothing, nothing, 0.0)

@@ -24,7 +24,6 @@ class Feedback:
         sent: by weight, what the last message sent.
         rate: bits of the last message over the entropy of its codes, by which the next finds its step sooner.
         number: of the round that the last message was for, where rounds are numbered.
-        step: code of the last message's step, with which the next begins its search.
 
     Example:
         >>> from kompakt.federated import encode_update
@@ -41,11 +40,10 @@ class Feedback:
         sent: State | None = None,
         rate: float = 1.0,
         number: int | None = None,
-        step: int | None = None,
     ) -> None:
         self.residual: dict[str, Tensor] = dict(residual or {})
         self.sent: dict[str, Tensor] = dict(sent or {})
-        self.rate, self.number, self.step = rate, number, step
+        self.rate, self.number = rate, number
 
     def settle(self, *, accepted: bool) -> None:
         """Forget what was sent if it was accepted; otherwise put it back into the residual."""
@@ -59,7 +57,7 @@ class Feedback:
         tensors = {f"residual.{name}": tensor for name, tensor in self.residual.items()}
         tensors |= {f"sent.{name}": tensor for name, tensor in self.sent.items()}
         with atomic_path(path) as temporary:
-            head = {"rate": self.rate, "number": self.number, "step": self.step}
+            head = {"rate": self.rate, "number": self.number}
             save_file(tensors, temporary, {"kompakt.feedback": json.dumps(head)})
 
     @staticmethod
@@ -74,13 +72,13 @@ class Feedback:
         try:
             with safe_open(path, "pt") as file:
                 head = json.loads((file.metadata() or {})["kompakt.feedback"])
-                rate, number, step = head["rate"], head["number"], head.get("step")
+                rate, number = head["rate"], head["number"]
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, KeyError, ValueError, TypeError, OSError):
             raise FormatError(f"{path}: not a saved feedback; delete it to begin without a residual") from None
         if (
             type(rate) is not float
-            or {type(number), type(step)} - {int, type(None)}
+            or type(number) not in (int, type(None))
             or not 1e-6 < rate < 1e6
             or not all(bool(t.isfinite().all()) for t in tensors.values())
         ):
@@ -89,7 +87,7 @@ class Feedback:
             role: {name.removeprefix(f"{role}."): t for name, t in tensors.items() if name.startswith(f"{role}.")}
             for role in ("residual", "sent")
         }
-        return Feedback(parts["residual"], parts["sent"], rate, number, step)
+        return Feedback(parts["residual"], parts["sent"], rate, number)
 
 
 def remembered(feedback: Feedback | None, name: str, like: Tensor) -> Tensor:

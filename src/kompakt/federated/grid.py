@@ -15,6 +15,7 @@ CLASSES = 5
 GROUPS = CLASSES * CLASSES
 STRATA = 15
 ROWS, COLUMNS = 1, 2
+MODE_STARTS = (0, 1, 1 + CLASSES, 1 + 2 * CLASSES)  # of the groups of no classes, of rows', columns' and both
 GROUP_BITS = 3.0
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -72,10 +73,18 @@ class Classes:
     row: np.ndarray
     column: np.ndarray
 
-    def groups(self, grid: Grid, cells: np.ndarray | slice) -> np.ndarray:
+    def groups(self, grid: Grid, cells: np.ndarray) -> np.ndarray:
         """The group of each cell: ``(tensor · 5 + class of the row) · 5 + class of the column``."""
         of_row = (grid.row_tensor * CLASSES + self.row) * CLASSES
         return of_row.take(grid.row[cells]) + self.column.take(grid.column[cells])
+
+    def spread(self, grid: Grid, values: np.ndarray) -> np.ndarray:
+        """What groups have, laid out on all cells."""
+        rows, columns = (np.cumsum(np.bincount(side, minlength=grid.tensors))[:-1]
+                         for side in (grid.row_tensor, grid.column_tensor))  # fmt: skip
+        parts = zip(values.reshape(-1, CLASSES, CLASSES), np.split(self.row, rows), np.split(self.column, columns),
+                    strict=True)  # fmt: skip
+        return np.concatenate([table[row][:, column].reshape(-1) for table, row, column in parts])
 
     def bits(self, grid: Grid) -> float:
         """About what the classes take."""
@@ -109,17 +118,21 @@ def classify(grid: Grid, places: np.ndarray) -> Classes:
     filled = np.bincount(full.groups(grid, places), minlength=sizes.size).reshape(sizes.shape)
     sides = [_entropy(_histogram(grid.row_tensor, full.row, grid.tensors)),
              _entropy(_histogram(grid.column_tensor, full.column, grid.tensors))]  # fmt: skip
-    prices = []
-    for mode in range(4):
-        axes = tuple(axis for axis, flag in ((1, ROWS), (2, COLUMNS)) if not mode & flag)
-        inside = place_bits(filled.sum(axis=axes), sizes.sum(axis=axes)).reshape(grid.tensors, -1).sum(axis=1)
-        prices.append(inside + sum(side for side, flag in zip(sides, (ROWS, COLUMNS), strict=True) if mode & flag))
-    modes = np.argmin(prices, axis=0)
+    prices = np.add.reduceat(place_bits(_by_mode(filled), _by_mode(sizes)), MODE_STARTS, axis=1)
+    for mode, flag in ((mode, flag) for mode in range(4) for flag in (ROWS, COLUMNS) if mode & flag):
+        prices[:, mode] += sides[flag - 1]
+    modes = np.argmin(prices, axis=1)
     return Classes(
         modes=modes,
         row=np.where(modes[grid.row_tensor] & ROWS, full.row, 1),
         column=np.where(modes[grid.column_tensor] & COLUMNS, full.column, 1),
     )
+
+
+def _by_mode(counts: np.ndarray) -> np.ndarray:
+    """Counts [tensors, row classes, column classes] of the groups that each mode has, side by side."""
+    ways = (counts.sum(axis=(1, 2)), counts.sum(axis=2), counts.sum(axis=1), counts)
+    return np.concatenate([way.reshape(len(counts), -1) for way in ways], axis=1)
 
 
 def place_bits(filled: np.ndarray, sizes: np.ndarray) -> np.ndarray:

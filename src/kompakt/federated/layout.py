@@ -79,7 +79,7 @@ def hash_state(state: State) -> bytes:
         raw = name.encode()
         head = varint(len(raw)) + raw + bytes([KINDS[dtype_name(tensor)].code, tensor.ndim])
         found.update(head + b"".join(varint(size) for size in tensor.shape))
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.digest()
 
 

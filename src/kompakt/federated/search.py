@@ -16,10 +16,7 @@ LAGRANGE = 0.14
 FIRST, ALWAYS = 0.85, 0.5
 MOST_PRICED, MOST_CODE = 255, 2**15 - 1
 TRIALS = 8
-SLOPE = 1.4
-STEPS_AN_OCTAVE = 16
-CLOSE = 0.95
-START_SHARE = 0.03
+MANTISSA_BITS = 19  # of a float32, those below the step's
 REVIVAL_BITS = 1.5
 
 
@@ -53,39 +50,28 @@ class Search:
         self._grid, self._spec = grid, spec
         self._changes, self._sizes = changes, np.abs(changes)
 
-    def fitted(self, bits: float, start: int | None) -> Sparse:
-        """The codes of a step that take about so many bits and not more; the coarser of two where neither is close.
+    def fitted(self, bits: float) -> Sparse:
+        """The codes of the finest step that takes so many bits and not more, or of one beside it.
 
-        Args:
-            bits: how many.
-            start: the code of a step to begin with, as that of the last message.
+        What a step takes is guessed from the magnitudes, measured, and guessed anew by what was measured.
         """
         peak = float(self._sizes.max(initial=0.0))
-        if not 0.0 < peak < np.inf:
+        if not step_size(LEAST_STEP) <= peak < np.inf:
             return self.at(LEAST_STEP)
-        highest = min(step_code(peak * 2) + 1, MOST_STEP)
-        fine, coarse = LEAST_STEP, highest  # the finest that may fit, the coarsest that is worth a look
-        step = self._start(start, highest)
-        best: Sparse | None = None
+        curve = _Curve(self._sizes, self._spec)
+        fine, coarse = step_code(peak / MOST_CODE), min(step_code(peak * 2) + 1, MOST_STEP)
+        step, best = curve.step(bits), None
         for _ in range(TRIALS):
+            step = min(max(step, fine), coarse - 1)
             found = self.at(step)
-            share = found.bits / bits
-            if share <= 1:
-                best, coarse = found if best is None or found.bits > best.bits else best, step
+            if found.bits <= bits:
+                best, coarse = found, step
             else:
                 fine = step + 1
-            if CLOSE <= share <= 1 or fine >= coarse:
+            step = curve.step(bits * curve.bits(step) / max(found.bits, 1.0))
+            if fine >= coarse or (best is not None and step >= coarse):
                 break
-            move = STEPS_AN_OCTAVE / SLOPE * np.log2(max(share, 1e-3) / (1 + CLOSE) * 2)
-            step = int(np.clip(step + (np.ceil(move) if share > 1 else np.floor(move)), fine, coarse - 1))
-        return best if best is not None else self.at(max(coarse, fine))
-
-    def _start(self, start: int | None, highest: int) -> int:
-        if start is not None and LEAST_STEP < start < highest:
-            return start
-        count = max(1, int(START_SHARE * self._sizes.size))
-        least = float(np.partition(self._sizes, self._sizes.size - count)[self._sizes.size - count])
-        return min(max(step_code(least), LEAST_STEP), highest - 1)
+        return best if best is not None else self.at(coarse)
 
     def at(self, step: int) -> Sparse:
         """The codes of a step."""
@@ -102,6 +88,38 @@ class Search:
         bits = float(place_bits(np.bincount(of_cell[sent], minlength=sizes.size), sizes).sum())
         bits += classes.bits(self._grid) + _entropy(codes) + codes.size
         return Sparse(step, places, np.where(self._changes[places] < 0, -codes, codes), bits)
+
+
+class _Curve:
+    """About the bits that every step takes: as if cells were filled at random, at the price of their density.
+
+    Args:
+        sizes: float32, magnitudes of all differences.
+        spec: by which rounding.
+    """
+
+    def __init__(self, sizes: np.ndarray, spec: UpdateSpec) -> None:
+        # The upper bits of a float32 are its place on the grid of steps.
+        counts = np.bincount(sizes.view(np.int32) >> MANTISSA_BITS)
+        counts[0] = 0
+        codes = np.flatnonzero(counts)[::-1]
+        sent = np.cumsum(counts[codes])
+        price = np.log2((sizes.size - sent + 0.5) / (sent + 0.5)) + 1
+        least = np.maximum((1 + LAGRANGE * price * (spec.rounding == "rate-distortion")) / 2, ALWAYS)
+        starts = np.log2((codes << MANTISSA_BITS).astype(np.int32).view(np.float32))
+        # Beyond the least magnitude every cell takes a bit more with each octave.
+        steps = np.append(starts - np.log2(least), -126.0)
+        sent, logs = np.append(sent, sent[-1]), np.append(starts * counts[codes], 0.0)
+        bits = place_bits(sent, np.full(sent.size, sizes.size)) + sent + np.maximum(np.cumsum(logs) - sent * steps, 0)
+        self._bits, self._steps = np.log2(np.maximum.accumulate(bits)), np.minimum.accumulate(steps)
+
+    def step(self, bits: float) -> int:
+        """The code of the finest step that takes so many bits."""
+        return step_code(float(2.0 ** np.interp(np.log2(max(bits, 1.0)), self._bits, self._steps)))
+
+    def bits(self, step: int) -> float:
+        """What a step takes."""
+        return float(2.0 ** np.interp(np.log2(step_size(step)), self._steps[::-1], self._bits[::-1]))
 
 
 def _priced(codes: np.ndarray, ratio: np.ndarray, sizes: np.ndarray, of_cell: np.ndarray) -> np.ndarray:

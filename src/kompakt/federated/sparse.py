@@ -21,6 +21,7 @@ MODES, LINES, DENSITIES, GAPS, SIZES = 0, 1, 2, 3, 6
 STREAMS = 9
 RATIOS = 64
 ESCAPE_BITS = 12.0
+PRICES = np.append(ESCAPE_BITS + BITS, BITS - np.log2(np.arange(1, (1 << BITS) + 1)))  # by frequency
 LANE_SHARE, LANE_BYTES = 0.005, 0.8
 MOST_LANES_LOG = 10
 MOST_CODE = 2**15 - 1
@@ -71,14 +72,20 @@ def write_sparse(grid: Grid, places: np.ndarray, codes: np.ndarray) -> bytes:
 def _strata(
     grid: Grid, classes: Classes, stratum: np.ndarray, places: np.ndarray, codes: np.ndarray, of_place: np.ndarray
 ) -> list[_Stratum]:
-    cells = stratum.astype(np.int8)[classes.groups(grid, slice(None))]
-    found = []
-    for number in np.flatnonzero(np.bincount(of_place, minlength=STRATA)).tolist():
-        mine = of_place == number
-        rank = np.searchsorted(np.flatnonzero(cells == number), places[mine])
-        sizes = codes[mine].astype(np.int64)
-        found.append(_Stratum(number, np.diff(rank, prepend=-1) - 1, np.abs(sizes) - 1, sizes < 0))
-    return found
+    cells = classes.spread(grid, stratum.astype(np.int8))
+    filled = np.zeros(cells.size, bool)
+    filled[places] = True
+    # Cells and codes, one stratum after another.
+    found = np.flatnonzero(filled[np.argsort(cells, kind="stable")])
+    sizes = codes[np.argsort(of_place, kind="stable")].astype(np.int64)
+    ends = np.cumsum(np.bincount(of_place, minlength=STRATA))
+    first = np.cumsum(np.bincount(stratum + 1, classes.group_sizes(grid), STRATA + 1)).astype(np.int64)
+    parts = zip(first[:-1].tolist(), np.split(found, ends[:-1]), np.split(sizes, ends[:-1]), strict=True)
+    return [
+        _Stratum(number, np.diff(ranks, prepend=start - 1) - 1, np.abs(mine) - 1, mine < 0)
+        for number, (start, ranks, mine) in enumerate(parts)
+        if mine.size
+    ]
 
 
 def shift_of(stratum: int) -> int:
@@ -114,19 +121,18 @@ def _written(streams: list[np.ndarray], counts: dict[int, int], raw: bytes) -> b
 def _table(stream: np.ndarray) -> tuple[np.ndarray, bytes]:
     """The table that codes a stream in the fewest bits, and the bytes that store it: geometric, or a histogram."""
     counts = np.bincount(np.minimum(stream, ESCAPE), minlength=SYMBOLS)
-    mean = float(np.minimum(stream, ESCAPE).mean())
+    mean = float(counts @ np.arange(SYMBOLS)) / stream.size
     ratio = min(max(round(RATIOS * mean / (1 + mean)), 1), RATIOS - 1)
     first, codes = histogram_codes(counts)
-    ways = [(geometric(ratio), bytes([ratio])),
-            (histogram_frequencies(codes, first, BITS), b"\0" + write_table(first, codes))]  # fmt: skip
-    return min(ways, key=lambda way: _cost(counts, way[0]) + 8 * len(way[1]))
+    plain, fitted = geometric(ratio), histogram_frequencies(codes, first, BITS)
+    stored = 2 + packed_size(codes.size, 6)
+    if _cost(counts, plain) <= _cost(counts, fitted) + 8 * stored:
+        return plain, bytes([ratio])
+    return fitted, b"\0" + write_table(first, codes)
 
 
 def _cost(counts: np.ndarray, table: np.ndarray) -> float:
-    outside = (table == 0) & (counts > 0)
-    escaped = int(counts[outside].sum()) + int(counts[ESCAPE])
-    inside = np.where(outside, 0, counts)
-    return float((inside * (BITS - np.log2(np.maximum(table, 1)))).sum()) + escaped * (ESCAPE_BITS + BITS)
+    return float(counts @ PRICES[table]) + int(counts[ESCAPE]) * (ESCAPE_BITS + BITS)
 
 
 @lru_cache(maxsize=RATIOS)
@@ -175,7 +181,7 @@ def read_sparse(cursor: Cursor, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
     room = np.bincount(stratum[numbers] + 1, sizes[numbers], STRATA + 1)[1:]
     if any(count > most for count, most in zip(reading.counts, room.tolist(), strict=True)):
         raise FormatError(f"{cursor.where}: more values than cells of their density; the update is refused")
-    return reading.values(stratum.astype(np.int8)[classes.groups(grid, slice(None))])
+    return reading.values(classes.spread(grid, stratum.astype(np.int8)))
 
 
 def _read_table(cursor: Cursor) -> np.ndarray:

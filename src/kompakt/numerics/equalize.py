@@ -111,6 +111,28 @@ def equalize_triple(first: Layer, depthwise: Layer, last: Layer) -> tuple[Layer,
     return replace(first, weight=w1, bias=b1), replace(depthwise, weight=w2, bias=b2), replace(last, weight=w3)
 
 
+def lift(peaks: Tensor, ceiling: float, margin: float = 0.9, most: float = 16.0) -> Tensor:
+    """Return what every channel may be multiplied by so that all reach equally high under a clamp that cuts none anew.
+
+    ``s = t / peak`` with ``t = margin · ceiling``, or the highest peak where nothing is clamped, and ``1 ≤ s ≤ most``;
+    1 for a channel that is dead or reaches ``t`` already. Before a depthwise convolution, whose kernels have a scale
+    each, that costs nothing and gives every channel the whole grid that they share.
+
+    Args:
+        peaks: the largest value of every channel before the clamp, on calibration examples, (channels,).
+        ceiling: the clamp's upper end; infinite for a ReLU.
+        margin: room for what calibration has not seen.
+        most: the largest factor.
+
+    Example:
+        >>> lift(torch.tensor([5.9, 2.7, 0.0]), ceiling=6.0)
+        tensor([1., 2., 1.])
+    """
+    target = margin * ceiling if ceiling < float("inf") else float(peaks.max())
+    factor = target / peaks.clamp_min(torch.finfo(peaks.dtype).tiny)
+    return torch.where(peaks > 0, factor, 1.0).clamp(1.0, most)
+
+
 def equalize_chain(layers: tuple[Layer, ...], sweeps: int = 20, tolerance: float = 1e-3) -> tuple[Layer, ...]:
     """Equalize every neighbouring pair of a chain again and again, until no scale is far from 1.
 

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from kompakt.artifact.targets import executorch, hls4ml, litert, onnxruntime, openvino, qonnx, tensorrt, torch, triton
-from kompakt.artifact.targets.target import Export, Runtime, Target
+from kompakt.artifact.targets.target import MADE_BY, Export, Runtime, Target
 from kompakt.errors import InputError
 
-__all__ = ["TARGETS", "Export", "Runtime", "Target", "runtime_of", "target"]
+__all__ = ["MADE_BY", "TARGETS", "Export", "Runtime", "Target", "runtime_of", "target"]
 
 TARGETS: dict[str, Target] = {
     module.TARGET.name: module.TARGET

@@ -4,14 +4,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
 
+from kompakt import __version__
 from kompakt.artifact.lint import Finding
 from kompakt.errors import MissingExtraError
 from kompakt.graph.trace import Capture
 from kompakt.plan.rules import Rules
+
+MADE_BY = MappingProxyType({"made_by": f"kompakt {__version__}"})
+"""What the metadata of every artifact says."""
 
 
 class Runtime(Protocol):
