@@ -4,8 +4,8 @@ Every measured cell is a line of ``benchmarks/results/bits/*.jsonl`` with its se
 not measured again, so the run can be stopped (``--minutes``) and taken up at any time. All accuracies are of the
 exported file in ONNX Runtime on the 10,000 test images. Writes ``docs/bits.md`` from the cells alone.
 
-Brevitas and torchao train in a process of their own: ``--other`` names a Python that has both (``pip install brevitas
-torchao`` beside kompakt).
+Peers run in processes of their own: ``--other`` names a Python with Brevitas and torchao (``pip install brevitas
+torchao`` beside kompakt), ``--mixed-other`` one with MCT (``pip install model-compression-toolkit``).
 """
 
 import argparse
@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import bits_mnist
 from benchmarks.bits_cells import RATE, Bench, ptq, qat
-from benchmarks.bits_table import PEER, PTQ, QAT, page
+from benchmarks.bits_table import MIXED_PEER, PEER, PTQ, QAT, page
 from benchmarks.prune_cells import TimeUp
 from benchmarks.prune_subjects import ROOT
 from benchmarks.prune_table import Cells
@@ -49,21 +49,28 @@ def run_qat(cells: Cells, bench: Bench, names: list[str], seeds: int, epochs: in
             cells.get(key, lambda k=key, s=section, f=form, n=label: qat(bench, n, k, s, f, cells.spent))
 
 
-def run_peers(cells: Cells, interpreter: str, cifar: str, seeds: int, epochs: int) -> None:
-    """Time a training step beside Brevitas's and torchao's, and train Brevitas's W4A4, seed by seed."""
-    paths = os.pathsep.join((str(ROOT), str(ROOT / "src")))
+def peer(interpreter: str, module: str, *words: str) -> dict[str, Any]:
+    """Let another tool work in the Python that has it, and read the line that it prints."""
+    command = [interpreter, "-W", "ignore", "-m", f"benchmarks.peers.{module}", *words]
+    given = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "src")))}
+    done = subprocess.run(command, check=True, cwd=ROOT, env=given, stdout=subprocess.PIPE, text=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
-    def peer(*words: str) -> dict[str, Any]:
-        command = [interpreter, "-W", "ignore", "-m", "benchmarks.peers.bits_training", *words, "--cifar", cifar]
-        given = {**os.environ, "PYTHONPATH": paths}
-        done = subprocess.run(command, check=True, cwd=ROOT, env=given, stdout=subprocess.PIPE, text=True)
-        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        return found
 
-    cells.get({"part": "steps", "model": "resnet20"}, lambda: peer("steps", "--seconds", "120"))
-    for seed in range(seeds):
-        key = {"part": "qat", "model": "resnet20", "row": PEER, "seed": seed, "epochs": epochs, "learning_rate": RATE}
-        cells.get(key, lambda s=str(seed): peer("train", "--seed", s, "--epochs", str(epochs)))
+def run_peers(cells: Cells, given: argparse.Namespace) -> None:
+    """Mixed precision by MCT; a training step beside Brevitas's and torchao's; Brevitas's W4A4, seed by seed."""
+    where = ("--cifar", given.cifar)
+    for bits in ("4", "3"):
+        key = {"part": "ptq", "model": "resnet20", "row": f"{MIXED_PEER} {bits}", "images": 10_000}
+        cells.get(key, lambda b=bits: peer(given.mixed_other, "mct_mixed", b, *where))
+    key = {"part": "steps", "model": "resnet20"}
+    cells.get(key, lambda: peer(given.other, "bits_training", "steps", "--seconds", "120", *where))
+    for seed in range(given.seeds):
+        words = ("train", "--seed", str(seed), "--epochs", str(given.epochs), *where)
+        key = {"part": "qat", "model": "resnet20", "row": PEER, "seed": seed}
+        key |= {"epochs": given.epochs, "learning_rate": RATE}
+        cells.get(key, lambda w=words: peer(given.other, "bits_training", *w))
 
 
 def main() -> int:
@@ -76,6 +83,7 @@ def main() -> int:
     parser.add_argument("--cifar", default="/tmp/data", help="CIFAR-10 as an image folder")
     parser.add_argument("--mnist", default="/tmp/mnist", help="MNIST as an image folder")
     parser.add_argument("--other", default="/work/env/bits/bin/python", help="the Python that has Brevitas and torchao")
+    parser.add_argument("--mixed-other", default="/work/env/mct/bin/python", help="the Python that has MCT")
     given = parser.parse_args()
     torch.set_num_threads(1)
     end = time.monotonic() + 60 * given.minutes
@@ -86,7 +94,7 @@ def main() -> int:
         if given.only in (None, "qat"):
             run_qat(cells, bench, given.rows, given.seeds, given.epochs)
         if given.only in (None, "peers"):
-            run_peers(cells, given.other, given.cifar, given.seeds, given.epochs)
+            run_peers(cells, given)
         if given.only in (None, "mnist"):
             bits_mnist.run(cells, given.mnist, given.seeds)
     except TimeUp:

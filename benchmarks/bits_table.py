@@ -36,7 +36,7 @@ QAT: dict[str, tuple[dict[str, Any] | None, str, float | None]] = {
     "ternary W, A8": ({"weight_bits": 2, "keep_ends": True}, "ternary", 1.0),
     "binary W, A8": ({"weight_bits": 1, "keep_ends": True}, "binary", 2.5),
 }
-PEER = "Brevitas W4A4"
+PEER, MIXED_PEER = "Brevitas W4A4", "MCT mixed"
 HEAD = """# Below eight bits
 
 Written by `python -m benchmarks.bits` from `benchmarks/results/bits/`; every accuracy is of the exported file,
@@ -68,6 +68,11 @@ def _ptq(cells: Cells, base: dict[str, Any]) -> list[str]:
                 continue
             row = f"| {name} | `{command}` | {_accuracy(cell)} | {_drop(base, cell)} | {_sizes(cell)} |"
             lines.append(f"{row} {cell['seconds']:.0f} |")
+    for bits in (4, 3):
+        for cell in cells.find(part="ptq", row=f"{MIXED_PEER} {bits}"):
+            row = f"| {MIXED_PEER} {bits} | `benchmarks.peers.mct_mixed {bits}` | {_accuracy(cell)}"
+            size = f"{cell['weight_bytes'] / 1e3:.0f} (weights)"
+            lines.append(f"{row} | {_drop(base, cell)} | {size} | | {cell['seconds']:.0f} |")
     return [*lines, "", *_compared(cells, base)]
 
 
@@ -75,6 +80,8 @@ def _compared(cells: Cells, base: dict[str, Any]) -> list[str]:
     """Say what the rows without training show, from the cells."""
     said = []
     for better, worse, claim in (
+        ("mixed 4", f"{MIXED_PEER} 4", "bits by layer at 4 on average against MCT's"),
+        ("mixed 3", f"{MIXED_PEER} 3", "bits by layer at 3 on average against MCT's"),
         ("mixed 4", "W4A8", "bits by layer at 4 on average against 4 bits everywhere"),
         ("mixed 3", "W3A8", "bits by layer at 3 on average against 3 bits everywhere"),
         (

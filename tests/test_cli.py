@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -105,7 +106,9 @@ def test_accuracy_in_the_result_is_that_of_the_file(compressed: Path, folder: Pa
 
 def test_the_snippet_of_the_result_runs(compressed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(compressed)
-    exec(Result.read("result.json").snippet, {})
+    names: dict[str, Any] = {}
+    exec(Result.read("result.json").snippet, names)
+    assert names["outputs"].shape == (1, 4)
 
 
 def test_the_same_seed_gives_the_same_bytes(

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from kompakt.build.prune import apply_prune, check, removal, units_of
 from kompakt.graph.coupling import couple
 from kompakt.graph.trace import trace
+from kompakt.plan.plan import Prune
 
 
 class Residual(nn.Module):
@@ -354,4 +355,6 @@ def test_a_piece_of_a_single_channel_stays() -> None:
 def test_a_group_that_keeps_one_unit_leaves_nothing_empty() -> None:
     for make in EXACT.values():
         coupling = couple(trace(build(make), IMAGE).graph)
-        removal(coupling, {group.name: range(group.size - 1) for group in coupling.groups})
+        plan = removal(coupling, {group.name: range(group.size - 1) for group in coupling.groups})
+        assert len(plan.of(Prune)) == len(coupling.groups)
+        assert all(len(cut.removed) < cut.size for entry in plan.of(Prune) for cut in entry.cuts)

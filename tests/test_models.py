@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from kompakt import zoo as networks
@@ -60,7 +61,7 @@ def test_a_detector_is_built_without_fetching_its_backbone(monkeypatch: pytest.M
         raise AssertionError("weights were about to be downloaded")
 
     monkeypatch.setattr("torchvision.models._api.WeightsEnum.get_state_dict", refuse)
-    load_model("torchvision/ssdlite320_mobilenet_v3_large")
+    assert load_model("torchvision/ssdlite320_mobilenet_v3_large").backbone is not None
 
 
 def test_missing_timm_names_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,4 +205,6 @@ def test_shortcut_without_parameters_is_option_a() -> None:
 
 @pytest.mark.parametrize("name", ["resnet20", "resnet32"])
 def test_trained_weights_load_strictly(zoo: Path, name: str) -> None:
-    load_model(f"kompakt.zoo:{name}", weights=zoo / f"{name}-cifar10.safetensors")
+    path = zoo / f"{name}-cifar10.safetensors"
+    loaded = load_model(f"kompakt.zoo:{name}", weights=path).state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in load_file(path).items())
