@@ -79,11 +79,24 @@ def _table(kind: str, cells: list[Cell]) -> list[str]:
             verdict = (
                 f"\nAsked: {ASKED['fewer']}× fewer bytes up at {ASKED['points']} points or less: "
                 f"{'reached' if right else 'missed'} beside the uncompressed run as it is, which has no momentum on "
-                f"the server; with the same momentum for both see below. "
+                f"the server.{_alike(cells)} "
                 f"Encoding within {ASKED['share']} % of training: "
-                f"{'reached' if quick else 'missed, with so little local training'}."
+                f"{'reached' if quick else f'missed: {share:.1f} %'}."
             )
     return [*rows, verdict]
+
+
+def _alike(cells: list[Cell]) -> str:
+    """Say how far kompakt's runs are below uncompressed ones with the same momentum, on the seeds that both have."""
+    said = []
+    for ours, theirs, what in (
+        ("kompakt", "uncompressed, momentum", "the server's momentum in both"),
+        ("kompakt, no momentum", REFERENCE, "in neither"),
+    ):
+        scores = {c["seed"]: c["test"] for c in cells if c["coder"] == theirs}
+        drops = [scores[c["seed"]] - c["test"] for c in cells if c["coder"] == ours and c["seed"] in scores]
+        said += [f"{what} {_mean(drops)} points below ({len(drops)} seeds)"] if drops else []
+    return f" Like for like: {'; '.join(said)}." if said else ""
 
 
 def _mean(values: list[float]) -> str:
