@@ -62,8 +62,9 @@ REMARKS = """\
   for more epochs than that. {parts}
 - The zoo's network was not trained to the end of its learning curve: with enough epochs further training alone gains.
   That is why the difference to the better of original and control is given too.
-- Tried for the student at 8 bits, one seed each: 6 epochs 2.25 points, 20 epochs 1.44 (the row above), 12 epochs of shifted and mirrored images
-  with the int8 file as teacher and nine tenths of the loss 1.94. On its training images it was right for 92 % after 12 of the 20 epochs.
+- Tried for the student at 8 bits, one seed each: 6 epochs 2.25 points, 20 epochs 1.44 (the row above), 12 epochs of
+  shifted and mirrored images with the int8 file as teacher and nine tenths of the loss 1.94. On its training images
+  it was right for 92 % after 12 of the 20 epochs.
 """
 
 
