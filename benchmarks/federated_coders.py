@@ -23,7 +23,7 @@ from kompakt.federated.layout import layout_of
 State = dict[str, Tensor]
 Coder = Callable[[State, State, int], tuple[int, float, State]]
 UP, DOWN = UpdateSpec(ratio=172.0, warm_up=7), UpdateSpec(ratio=25.0)
-NNCODEC_STEPS = (-40, -34)
+NNCODEC_STEPS = (-40, -34, -28, -22)
 
 
 def uncompressed(new: State, base: State, seed: int) -> tuple[int, float, State]:
