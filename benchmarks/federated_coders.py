@@ -108,11 +108,12 @@ MAKERS: dict[str, Callable[[], Coder]] = {
     "kompakt": lambda: Ours(UP),
     "uncompressed, momentum": lambda: uncompressed,
     "kompakt, no momentum": lambda: Ours(UP),
+    "kompakt 50×, no momentum": lambda: Ours(UpdateSpec(ratio=86.0, warm_up=7)),
     "8-bit": lambda: eight_bits,
     "top-1 %": lambda: Ours(UpdateSpec(ratio=None, selection="top", keep=0.01, rounding="nearest")),
     "kompakt, both ways": lambda: Ours(UP),
 }
-PLAIN = ["uncompressed", "kompakt, no momentum", "8-bit", "top-1 %"]  # the server takes the mean as it is
+PLAIN = ["uncompressed", "kompakt, no momentum", "kompakt 50×, no momentum", "8-bit", "top-1 %"]  # the server takes the mean as it is
 if importlib.util.find_spec("nncodec"):
     MAKERS |= {f"NNCodec {step}": lambda step=step: NNCodec(step) for step in NNCODEC_STEPS}
     PLAIN += [f"NNCodec {step}" for step in NNCODEC_STEPS]
