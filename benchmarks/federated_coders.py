@@ -113,7 +113,8 @@ MAKERS: dict[str, Callable[[], Coder]] = {
     "top-1 %": lambda: Ours(UpdateSpec(ratio=None, selection="top", keep=0.01, rounding="nearest")),
     "kompakt, both ways": lambda: Ours(UP),
 }
-PLAIN = ["uncompressed", "kompakt, no momentum", "kompakt 50×, no momentum", "8-bit", "top-1 %"]  # the server takes the mean as it is
+PLAIN = ["uncompressed", "kompakt, no momentum", "kompakt 50×, no momentum", "8-bit", "top-1 %"]
+"""Coders under which the server takes the mean as it is."""
 if importlib.util.find_spec("nncodec"):
     MAKERS |= {f"NNCodec {step}": lambda step=step: NNCodec(step) for step in NNCODEC_STEPS}
     PLAIN += [f"NNCodec {step}" for step in NNCODEC_STEPS]
