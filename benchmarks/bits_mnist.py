@@ -1,13 +1,11 @@
 """Below eight bits on LeNet-5 and LeNet-300-100: ``python -m benchmarks.bits --only mnist``.
 
 Every row is a recipe, carried out as ``kompakt compress --recipe`` does it; the networks are trained here first, in
-about a minute. The control is the float network given the same further training. Peers (Brevitas, torchao, NNCF) are
-rows that say "not installed" where they are not.
+about a minute. The control is the float network given the same further training. Peers are measured on ResNet-20.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.util import find_spec
 from statistics import mean
 from typing import Any
 
@@ -49,7 +47,6 @@ ROWS: dict[str, str] = {
     "APoT 3 W": f'[quantize]\ncodebook = 3\ncodebook_grid = "apot"\ncodebook_granularity = "channel"\n{QAT}',
     "codebook 2": f"[quantize]\ncodebook = 2\n{QAT}",
 }
-PEERS = {"Brevitas": "brevitas", "torchao": "torchao", "NNCF": "nncf"}
 
 
 @dataclass(frozen=True)
@@ -110,7 +107,6 @@ def page(cells: Cells) -> list[str]:
         bases = cells.find(part="mnist", model=name, row="fp32")
         lines += [f"### {name}", "", "| | seeds | error, % | drop, points, by seed | ONNX, kB | `.kpk`, kB |"]
         lines += ["| --- | --- | --- | --- | --- | --- |", *(_row(cells, name, row, bases) for row in ROWS)]
-        lines += [f"| {peer} | | {_peer(module)} | | | |" for peer, module in PEERS.items()]
         lines.append("")
     return lines
 
@@ -125,7 +121,3 @@ def _row(cells: Cells, name: str, row: str, bases: list[dict[str, Any]]) -> str:
     sizes = " | ".join(f"{mean(cell[kind] for cell in found) / 1e3:.1f}" for kind in ("onnx_bytes", "kpk_bytes"))
     error = 100 * (1 - mean(cell["accuracy"] for cell in found))
     return f"| {row} | {len(found)} | {error:.2f} | {'' if row == 'fp32' else said} | {sizes} |"
-
-
-def _peer(module: str) -> str:
-    return "installed, not run yet" if find_spec(module) else "not installed"
