@@ -2,9 +2,10 @@
 
 import os
 import shutil
+import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from secrets import token_hex
 
@@ -12,6 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kompakt.cli import main
+
+Run = Callable[..., tuple[int, str]]
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 SCRATCH = Path(tempfile.gettempdir()) / "kompakt-tests"
 
@@ -23,6 +27,22 @@ def decoded_cache() -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KOMPAKT_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run the command line in this process: status and standard error."""
+
+    def go(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["kompakt", *map(str, arguments), "--quiet"])
+        status = 0
+        try:
+            main()
+        except SystemExit as done:
+            status = int(done.code or 0)
+        return status, capsys.readouterr().err
+
+    return go
 
 
 @pytest.fixture

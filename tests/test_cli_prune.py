@@ -1,7 +1,6 @@
 """``kompakt prune``: sparse training, mended and moving masks, plans and times; one clear line for bad input."""
 
-import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,30 +11,18 @@ from safetensors.torch import load_file, save_file
 
 from kompakt.allotment import Timing
 from kompakt.build.structure import restructured
-from kompakt.cli import main
 from kompakt.measure.result import Result
 from kompakt.plan.plan import Cut, Plan, Prune, Sparsify
+from tests.conftest import Run
 from tests.nets import residual
 
-Run = Callable[..., tuple[int, str]]
 MODEL = ("tests.nets:residual", "--input-size", "12")
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+def run(run: Run, tmp_path: Path) -> Run:
     """Run ``kompakt prune`` in this process: status and standard error; OUT is ``tmp_path / "o"``."""
-
-    def go(*arguments: object) -> tuple[int, str]:
-        words = ["kompakt", "prune", *MODEL, "--out", tmp_path / "o", "--quiet", *arguments]
-        monkeypatch.setattr(sys, "argv", list(map(str, words)))
-        status = 0
-        try:
-            main()
-        except SystemExit as done:
-            status = int(done.code or 0)
-        return status, capsys.readouterr().err
-
-    return go
+    return partial(run, "prune", *MODEL, "--out", tmp_path / "o")
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,6 @@
 """``kompakt export DIR``: the folder of any command that makes a model gives what the long form gives."""
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,31 +8,14 @@ import pytest
 import torch
 
 from kompakt.artifact.onnx import open_onnx
-from kompakt.cli import main
 from kompakt.teaching import learner
 from kompakt.weights import save_weights
 from kompakt.zoo import resnet20
+from tests.conftest import Run
 from tests.nets import images
 from tests.result_factory import result
 
-Run = Callable[..., tuple[int, str]]
 MODEL = ("tests.nets:residual", "--input-size", "12")
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run the command line in this process: status and standard error."""
-
-    def go(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["kompakt", *map(str, arguments), "--quiet"])
-        status = 0
-        try:
-            main()
-        except SystemExit as done:
-            status = int(done.code or 0)
-        return status, capsys.readouterr().err
-
-    return go
 
 
 @pytest.fixture
