@@ -1,6 +1,8 @@
 """Decide how much goes where: measure what an allocation of channels needs, then plan."""
 
 import copy
+import hashlib
+import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,14 +11,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from kompakt.artifact.targets import Target
 from kompakt.build.evaluate import evaluate, reestimate_bn
 from kompakt.build.prune import apply_prune, run_once
 from kompakt.build.structure import checked_structure
+from kompakt.build.teacher_cache import weights_digest
 from kompakt.data import Data, Split
-from kompakt.errors import BudgetError, InputError
+from kompakt.errors import BudgetError, FormatError, InputError
+from kompakt.files import atomic_write, writable_folder
 from kompakt.graph.coupling import Coupling
 from kompakt.graph.fold import fold
 from kompakt.graph.trace import trace
@@ -108,9 +113,21 @@ def need_faster(model: nn.Module, plan: Plan, example: Tensor, timing: Timing, t
 
 
 def allotted(
-    model: nn.Module, coupling: Coupling, scores: Mapping[str, Tensor], knobs: Knobs, data: Data | None, seed: int
+    model: nn.Module,
+    coupling: Coupling,
+    scores: Mapping[str, Tensor],
+    knobs: Knobs,
+    data: Data | None,
+    seed: int,
+    keep: Path | None = None,
 ) -> Plan:
     """Plan the removal of channels, with measured drops where the allocation needs them.
+
+    Args:
+        model, coupling, scores, knobs: as ``channels`` takes them.
+        data: drops are measured on its training split.
+        seed: of the examples that are drawn.
+        keep: a folder where drops are kept for the same question again; it must serve one data set.
 
     Raises:
         InputError: there are no data to measure drops on.
@@ -120,7 +137,29 @@ def allotted(
         return channels(coupling, scores, knobs)
     if data is None:
         raise InputError("the sensitivity allocation measures the effect of every group: give --data")
-    return channels(coupling, scores, knobs, drops=measured_drops(model, coupling, scores, loss_on(data, seed)))
+    file = None if keep is None else keep / f"{_question(model, scores, seed, len(data.train))}.json"
+    if file is None or not file.exists():
+        drops = measured_drops(model, coupling, scores, loss_on(data, seed))
+        if file is not None:
+            atomic_write(writable_folder(file.parent) / file.name, json.dumps(drops).encode())
+    else:
+        drops = {name: {int(width): drop for width, drop in curve.items()} for name, curve in _read(file).items()}
+    return channels(coupling, scores, knobs, drops=drops)
+
+
+def _question(model: nn.Module, scores: Mapping[str, Tensor], seed: int, examples: int) -> str:
+    """Name what drops are measured for: the weights, the order in which channels go, and the examples."""
+    state = hashlib.sha256(f"{weights_digest(model)} {seed} {examples}".encode())
+    for name, score in sorted(scores.items()):
+        state.update(f"{name} {score.argsort().tolist()}".encode())
+    return state.hexdigest()[:16]
+
+
+def _read(file: Path) -> dict[str, dict[str, float]]:
+    try:
+        return TypeAdapter(dict[str, dict[str, float]]).validate_json(file.read_bytes())
+    except ValidationError:
+        raise FormatError(f"{file}: not the drops that were kept here; delete it to measure anew") from None
 
 
 def faster(

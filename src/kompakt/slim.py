@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def slim(job: Job, example: Tensor) -> Slim:
         return _in_rounds(found, job, prune, tune, example)
     if prune is not None:
         job.say("removing channels")
-        found = _after(found, pruned(found.model, job.data, prune, example, job.seed, job.timing))
+        found = _after(found, pruned(found.model, job.data, prune, example, job.seed, job.timing, _curves(job)))
     if thin is not None:
         return thinned(found, job, thin, tune, example)
     if tune.epochs:
@@ -127,12 +128,17 @@ def _in_rounds(found: Slim, job: Job, prune: PruneSection, tune: FinetuneSection
     for turn in range(prune.rounds):
         job.say(f"round {turn + 1} of {prune.rounds}: removing channels")
         first = {"drop_blocks": 0 if turn else prune.drop_blocks}
-        cut = pruned(found.model, job.data, part.model_copy(update=first), example, job.seed, job.timing)
+        cut = pruned(found.model, job.data, part.model_copy(update=first), example, job.seed, job.timing, _curves(job))
         cut = tuned(cut, job, each, example, job.seed + turn)
         entries = (*found.plan.entries, *cut.plan.entries)
         found = Slim(model=cut.model, plan=Plan(entries=entries), did=cut.did, left=cut.left)
     did = f"pruned in {prune.rounds} rounds, each trained for {each.epochs} epochs; the last: {found.did}"
     return dataclasses.replace(found, did=did)
+
+
+def _curves(job: Job) -> Path | None:
+    """Where measured effects are kept: beside the networks that many jobs share."""
+    return None if job.networks is None else job.networks / "curves"
 
 
 def _share(prune: PruneSection) -> PruneSection:
@@ -158,6 +164,7 @@ def pruned(
     example: Tensor,
     seed: int,
     timing: Timing | None = None,
+    curves: Path | None = None,
 ) -> Slim:
     """Remove blocks and channels and mend what is left without training: see ``PruneSection.reconstruct``.
 
@@ -168,6 +175,7 @@ def pruned(
         example: a batch of inputs.
         seed: of the random criterion and of the examples that are drawn.
         timing: where times are measured: for the latency allocation and the alignment of widths.
+        curves: folder where measured effects are kept for another call on the same data; None keeps none.
     """
     section = _settled(section, model, data)
     blocks = dropped(model, data, section.drop_blocks, example, seed)
@@ -181,7 +189,7 @@ def pruned(
         times = _times_faster(section, blocks.model, example, timing)
         plan, speed = faster(blocks.model, coupling, scores, knobs, example, timing, times)
     else:
-        plan = allotted(blocks.model, coupling, scores, knobs, data, seed)
+        plan = allotted(blocks.model, coupling, scores, knobs, data, seed, curves)
     made = apply_prune(blocks.model, plan, example)
     verify(coupling, plan, made, example)
     if data is not None:

@@ -33,7 +33,8 @@ def teachers(job: Job, section: FinetuneSection, example: Tensor) -> tuple[Teach
     """Return who teaches: the original, ONNX files in ONNX Runtime, or nobody.
 
     Args:
-        job: whose original may teach; its folder gets the caches of outputs, where they are asked for.
+        job: whose original may teach; its folder, or that of networks that many jobs share, gets the caches of
+            outputs, where they are asked for.
         section: what the recipe says of this training.
         example: a batch of inputs.
 
@@ -58,7 +59,7 @@ def _teacher(job: Job, section: FinetuneSection, name: str, example: Tensor) -> 
     """Return one teacher, behind its cache where there is one."""
     if name != "original" and Path(name).suffix != ".onnx":
         raise InputError(f"teacher {name}: expected original, none or an ONNX file")
-    cache, place = job.recipe.distill.cache, job.out / "teachers"
+    cache, place = job.recipe.distill.cache, (job.networks or job.out) / "teachers"
     if name != "original":
         found: Answers = onnx_teacher(Path(name))
     elif all(term.loss in LOGIT_LOSSES for term in job.recipe.distill.terms):

@@ -1,9 +1,12 @@
 """A teacher's answers on disk, memory-mapped, for data that come again unchanged."""
 
+import fcntl
 import json
 import os
+import weakref
 from collections.abc import Callable
 from hashlib import blake2b
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,7 @@ class TeacherCache:
 
     Args:
         teacher: a module, or a callable from a batch to logits (N, K).
-        folder: made where it is missing; every process of a distributed run keeps a part of its own.
+        folder: made where it is missing; every process that is at work keeps a part of its own.
         capacity: the most images that are held; the files' size is capacity · (16 + 4 K) bytes.
         identity: a name for a teacher that is not a module; a module is known by its weights.
 
@@ -45,7 +48,7 @@ class TeacherCache:
         if not identity and not isinstance(teacher, nn.Module):
             raise InputError("a teacher that is not a module needs an identity, such as its file's digest")
         self.teacher, self.capacity = teacher, capacity
-        self.folder = writable_folder(Path(folder) / f"part-{os.environ.get('RANK', '0')}")
+        self.folder = self._part(Path(folder))
         self.identity = identity or weights_digest(teacher)  # type: ignore[arg-type]
         self.asked = self.answered = 0
         self.rows: dict[bytes, int] = {}
@@ -53,6 +56,21 @@ class TeacherCache:
         self.outputs: np.ndarray | None = None
         if (self.folder / "cache.json").exists():
             self._open()
+
+    def _part(self, folder: Path) -> Path:
+        """Take the first part that no other process writes to, and keep it as long as this object lives."""
+        rank = f"part-{os.environ.get('RANK', '0')}"
+        for number in count():
+            part = writable_folder(folder / (f"{rank}.{number}" if number else rank))
+            handle = os.open(part / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(handle)
+            else:
+                weakref.finalize(self, os.close, handle)
+                return part
+        raise AssertionError
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Return the teacher's logits for a batch, shape (N, K), float32, on the CPU."""

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from kompakt.augment import FORMS
 from kompakt.plan.recipe import BudgetSection, FinetuneSection, PruneSection, QuantizeSection, Recipe
 
 
@@ -58,4 +59,11 @@ class Choice:
         )
         budget = base.budget if self.step_back else BudgetSection()
         made = {"prune": prune, "quantize": quantize, "finetune": finetune, "budget": budget}
+        if self.epochs and cached(base):
+            made["distill"] = base.distill.model_copy(update={"cache": base.distill.cache or True})
         return base.model_copy(update=made)
+
+
+def cached(base: Recipe) -> bool:
+    """Whether a teacher's answers can be kept: images come again, and somebody teaches."""
+    return base.finetune.augment in FORMS and base.finetune.teacher != "none" and base.finetune.distill > 0

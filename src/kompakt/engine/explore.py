@@ -7,7 +7,7 @@ from functools import partial
 
 from kompakt.engine.candidate import CANDIDATES, Original, all_tried, failed, folder_of, kept, verify
 from kompakt.engine.choice import Choice
-from kompakt.engine.effort import Effort, begun, epoch_seconds
+from kompakt.engine.effort import Effort, begun, epoch_cost
 from kompakt.engine.frontier import Limits, choose
 from kompakt.engine.ledger import Ledger, open_ledger
 from kompakt.engine.shipping import shipped
@@ -20,7 +20,7 @@ from kompakt.measure.latency import interleave
 from kompakt.measure.result import Result, Tried
 from kompakt.methods.blocks import residual_blocks
 
-TRAINED_SHARE, TRAINED, HALVED, MOST_EPOCHS = 0.6, 4, 2, 30
+TRAINED_SHARE, TRAINED, HALVED, MOST_EPOCHS = 0.6, 2, 2, 30
 """Of the effort, so much is for training, shared by about so many networks that cost half as much as the original."""
 
 
@@ -71,6 +71,8 @@ def explore(job: Job, asked: Asked) -> Result:
     original = _original(job)
     ledger = open_ledger(job.out, asked.study, _identity(job, asked), job.seed)
     space, seconds = _space(job, asked, ledger)
+    finetune = job.recipe.finetune.model_copy(update={"channels_last": space.channels_last})
+    job = replace(job, recipe=job.recipe.model_copy(update={"finetune": finetune}))
     search = _Search(
         job=job,
         asked=asked,
@@ -201,7 +203,7 @@ def _space(job: Job, asked: Asked, ledger: Ledger) -> tuple[Space, float]:
     limit = job.recipe.budget.max_drop
     epochs = job.recipe.finetune.epochs
     job.say("timing a step of training")
-    seconds = epoch_seconds(job)
+    seconds, channels_last = epoch_cost(job)
     if not epochs and asked.minutes is not None:
         affordable = asked.minutes * 60 * TRAINED_SHARE / (seconds / HALVED)
         epochs = max(int(affordable / TRAINED), int(affordable >= 1))
@@ -212,6 +214,7 @@ def _space(job: Job, asked: Asked, ledger: Ledger) -> tuple[Space, float]:
         max_drop=1.0 if limit is None else limit,
         epochs=min(epochs, MOST_EPOCHS),
         blocks=blocks,
+        channels_last=channels_last,
     )
     ledger.study.set_user_attr("epoch_seconds", seconds)
     ledger.study.set_user_attr("space", vars(space))

@@ -1,11 +1,15 @@
 """What to try next: a pure function of what was tried, so that a killed search goes on as it would have.
 
 Cheap candidates come first: integers alone, then channels removed without training, then the same with training. How
-many multiplications go is climbed by factors until a candidate breaks the budget, then halved on a log scale.
+many multiplications go is climbed by factors until a candidate breaks the budget, then halved on a log scale. Rates
+are tried where a climb ends, from the rate that the last such network kept: a network of less use than the next one is
+not coded five times.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import takewhile
 from math import sqrt
 from typing import Literal
 
@@ -26,6 +30,7 @@ class Space:
         epochs: of training; 0 trains nothing.
         most: the largest factor of multiplications.
         blocks: residual blocks that may be dropped.
+        channels_last: the layout that networks are trained in.
     """
 
     objective: Objective = "both"
@@ -33,6 +38,7 @@ class Space:
     epochs: int = 0
     most: float = 8.0
     blocks: int = 0
+    channels_last: bool = False
 
 
 def within_reach(drops: Mapping[Choice, float], space: Space) -> Space:
@@ -86,31 +92,37 @@ def _search(drops: Mapping[Choice, float], space: Space) -> None:
             raise _Wanted(choice)
         return drops[choice] <= space.max_drop
 
-    def narrow(choice: Choice) -> bool:
-        """Try a network rounded to nearest, then at rates that make it smaller, as long as the budget holds."""
-        if not keeps(choice):
-            return False
-        if space.objective != "latency":
-            for rate in RATES:
-                if not keeps(replace(choice, rate=rate)):
-                    break
-        return True
+    def coded(choice: Choice, place: int) -> bool:
+        return keeps(replace(choice, rate=rates[place]))
+
+    rates = RATES if space.objective != "latency" else ()
+
+    def narrow(choice: Choice, guess: int) -> int:
+        """Find the greatest rate that keeps the budget, up or down from a guess; return its place, else 0."""
+        up = list(takewhile(partial(coded, choice), range(guess, len(rates))))
+        return up[-1] if up else next(filter(partial(coded, choice), reversed(range(guess))), 0)
 
     def climb(low: float, epochs: int) -> float:
         """Find the largest factor of multiplications that keeps the budget; ``low`` does."""
         high: float | None = None
         while low < space.most and (high is None or high / low > CLOSE):
             ratio = round(min(low * STRIDE, space.most) if high is None else sqrt(low * high), 2)
-            if narrow(Choice(fewer_macs=ratio, epochs=epochs)):
+            if keeps(Choice(fewer_macs=ratio, epochs=epochs)):
                 low = ratio
             else:
                 high = ratio
         return low
 
-    narrow(Choice())
+    guess = narrow(Choice(), 0) if keeps(Choice()) else 0
     free = climb(1.0, 0)
+    if free > 1:
+        guess = narrow(Choice(fewer_macs=free), guess)
     if space.epochs:
         best = climb(free, space.epochs)
+        if best > free:
+            guess = narrow(Choice(fewer_macs=best, epochs=space.epochs), guess)
         for blocks in range(1, space.blocks + 1):
-            if not narrow(Choice(fewer_macs=best, drop_blocks=blocks, epochs=space.epochs)):
+            choice = Choice(fewer_macs=best, drop_blocks=blocks, epochs=space.epochs)
+            if not keeps(choice):
                 break
+            guess = narrow(choice, guess)
