@@ -71,8 +71,9 @@ def explore(job: Job, asked: Asked) -> Result:
     original = _original(job)
     ledger = open_ledger(job.out, asked.study, _identity(job, asked), job.seed)
     space, seconds = _space(job, asked, ledger)
-    finetune = job.recipe.finetune.model_copy(update={"channels_last": space.channels_last})
-    job = replace(job, recipe=job.recipe.model_copy(update={"finetune": finetune}))
+    if space.channels_last != job.recipe.finetune.channels_last:
+        finetune = job.recipe.finetune.model_copy(update={"channels_last": space.channels_last})
+        job = replace(job, recipe=job.recipe.model_copy(update={"finetune": finetune}))
     search = _Search(
         job=job,
         asked=asked,
@@ -203,7 +204,7 @@ def _space(job: Job, asked: Asked, ledger: Ledger) -> tuple[Space, float]:
     limit = job.recipe.budget.max_drop
     epochs = job.recipe.finetune.epochs
     job.say("timing a step of training")
-    seconds, channels_last = epoch_cost(job)
+    seconds, channels_last = epoch_cost(job, asked.minutes is not None)
     if not epochs and asked.minutes is not None:
         affordable = asked.minutes * 60 * TRAINED_SHARE / (seconds / HALVED)
         epochs = max(int(affordable / TRAINED), int(affordable >= 1))

@@ -17,7 +17,8 @@ from kompakt.engine.choice import Choice
 
 Objective = Literal["size", "latency", "both"]
 STRIDE, CLOSE = 1.5, 1.15
-RATES = (1e-8, 3e-8, 6e-8, 1.2e-7, 3e-7)
+RATES, FIRST = (1e-8, 3e-8, 6e-8, 1.2e-7, 3e-7), 2
+"""And the place of the one that is tried first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +101,7 @@ def _search(drops: Mapping[Choice, float], space: Space) -> None:
     def narrow(choice: Choice, guess: int) -> int:
         """Find the greatest rate that keeps the budget, up or down from a guess; return its place, else 0."""
         up = list(takewhile(partial(coded, choice), range(guess, len(rates))))
-        return up[-1] if up else next(filter(partial(coded, choice), reversed(range(guess))), 0)
+        return up[-1] if up else next(filter(partial(coded, choice), reversed(range(min(guess, len(rates))))), 0)
 
     def climb(low: float, epochs: int) -> float:
         """Find the largest factor of multiplications that keeps the budget; ``low`` does."""
@@ -113,7 +114,7 @@ def _search(drops: Mapping[Choice, float], space: Space) -> None:
                 high = ratio
         return low
 
-    guess = narrow(Choice(), 0) if keeps(Choice()) else 0
+    guess = narrow(Choice(), FIRST) if keeps(Choice()) else FIRST
     free = climb(1.0, 0)
     if free > 1:
         guess = narrow(Choice(fewer_macs=free), guess)
