@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from kompakt.artifact.lint import Finding
 from kompakt.artifact.targets import MADE_BY, Target
-from kompakt.build.equalize import evened
+from kompakt.build.equalize import evened, with_biases
 from kompakt.build.integer import exact
 from kompakt.build.quantize import quantize
+from kompakt.build.refine import Refinement, refined
+from kompakt.build.stream import fitting
 from kompakt.data import Split
 from kompakt.graph.calibrate import calibrate, pool
 from kompakt.graph.fold import fold
@@ -29,6 +31,7 @@ from kompakt.plan.rules import placed, pooled
 
 BATCH = 32
 PROOFS = 256
+AS_ROUNDED = Refinement(rounding="nearest")
 LOOK = 8
 """Examples on which the layers inside are compared."""
 
@@ -61,7 +64,12 @@ class Shipped:
 
 
 def quantized(
-    model: nn.Module, example: Tensor, target: Target, calibration: Split, knobs: Knobs = Knobs()
+    model: nn.Module,
+    example: Tensor,
+    target: Target,
+    calibration: Split,
+    knobs: Knobs = Knobs(),
+    how: Refinement = AS_ROUNDED,
 ) -> tuple[Capture, tuple[Left, ...]]:
     """Quantize a model by a target's rules, without training.
 
@@ -71,14 +79,20 @@ def quantized(
         target: whose rules.
         calibration: examples for the ranges.
         knobs: of the method.
+        how: weights are rounded and biases mended on the calibration examples.
     """
     capture = target.prepare(fold(trace(model, example)))
+    capture = with_biases(capture) if how.bias_correction else capture
     capture = evened(capture, (inputs for inputs, _ in calibration.batches(BATCH)))
     sites = placed(capture.graph, target.rules, knobs.keep)
     stats = calibrate(capture, (inputs for inputs, _ in calibration.batches(BATCH)), sites)
     stats = pool(stats, pooled(capture.graph, target.rules, sites))
     plan, left = uniform(capture.graph, target.rules, knobs)
-    return quantize(capture, plan, stats), left
+    made = quantize(capture, plan, stats)
+    if how == AS_ROUNDED:
+        return made, left
+    part = calibration.subset(min(len(calibration), fitting(capture)))
+    return refined(capture, made, plan, [inputs for inputs, _ in part.batches(BATCH)], how), left
 
 
 def ship(

@@ -3,7 +3,6 @@
 import fcntl
 import json
 import os
-import weakref
 from collections.abc import Callable
 from hashlib import blake2b
 from itertools import count
@@ -48,7 +47,7 @@ class TeacherCache:
         if not identity and not isinstance(teacher, nn.Module):
             raise InputError("a teacher that is not a module needs an identity, such as its file's digest")
         self.teacher, self.capacity = teacher, capacity
-        self.folder = self._part(Path(folder))
+        self.folder = _part(Path(folder))
         self.identity = identity or weights_digest(teacher)  # type: ignore[arg-type]
         self.asked = self.answered = 0
         self.rows: dict[bytes, int] = {}
@@ -56,21 +55,6 @@ class TeacherCache:
         self.outputs: np.ndarray | None = None
         if (self.folder / "cache.json").exists():
             self._open()
-
-    def _part(self, folder: Path) -> Path:
-        """Take the first part that no other process writes to, and keep it as long as this object lives."""
-        rank = f"part-{os.environ.get('RANK', '0')}"
-        for number in count():
-            part = writable_folder(folder / (f"{rank}.{number}" if number else rank))
-            handle = os.open(part / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(handle)
-            else:
-                weakref.finalize(self, os.close, handle)
-                return part
-        raise AssertionError
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Return the teacher's logits for a batch, shape (N, K), float32, on the CPU."""
@@ -138,6 +122,24 @@ class TeacherCache:
             if mapped.shape != shape or mapped.dtype != dtype:
                 raise FormatError(f"{path}: shape {mapped.shape}, expected {shape}; delete {self.folder} to start anew")
             setattr(self, name, mapped)
+
+
+def _part(folder: Path) -> Path:
+    """Take the first part that no other process writes to.
+
+    The lock is the process's, however many caches it opens, and is never closed: closing any handle would let go of it.
+    """
+    rank = f"part-{os.environ.get('RANK', '0')}"
+    for number in count():
+        part = writable_folder(folder / (f"{rank}.{number}" if number else rank))
+        handle = os.open(part / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(handle)
+        else:
+            return part
+    raise AssertionError
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -14,6 +14,7 @@ from kompakt.artifact.lint import Finding
 from kompakt.artifact.onnx import open_onnx
 from kompakt.artifact.targets import Target, runtime_of, target
 from kompakt.artifact.targets.onnxruntime import snippet
+from kompakt.build.refine import Refinement, Rounding
 from kompakt.build.structure import apply_structure
 from kompakt.cli.options import Bits, ModelOptions, OptionalDataOptions, RunOptions
 from kompakt.cli.outcome import artifact_of, long_form
@@ -31,7 +32,7 @@ from kompakt.methods.uniform import Knobs
 from kompakt.models import load_model, parse_arguments
 from kompakt.plan.plan import Plan
 from kompakt.report.numbers import bytes_text
-from kompakt.ship import PROOFS, Shipped, quantized, ship
+from kompakt.ship import AS_ROUNDED, PROOFS, Shipped, quantized, ship
 from kompakt.weights import load_weights
 
 To = Annotated[
@@ -53,11 +54,17 @@ def export(
     weight_bits: Annotated[int | None, Bits] = None,
     activation_bits: Annotated[int | None, Bits] = None,
     power_of_two: Annotated[bool, typer.Option("--power-of-two", help="scales 2^n, zero points 0")] = False,
+    rounding: Annotated[Rounding, typer.Option(help="how weights become integers")] = "nearest",
+    bias_correction: Annotated[bool, typer.Option("--bias-correction", help="mend the mean of each layer")] = False,
 ) -> None:
     """Write MODEL (or a folder that another command wrote) for a runtime: float without --data, int8 with it."""
     chosen = target(to)
     if tune_options and chosen.name != "onnxruntime":
         raise InputError(f"--tune: chooses options of ONNX Runtime; {chosen.name} has none to choose")
+    how = Refinement(rounding=rounding, bias_correction=bias_correction, seed=run.seed)
+    mended = rounding != "nearest" or bias_correction
+    if mended and (tune_options or data.data is None):
+        raise InputError("--rounding and --bias-correction: work on --data, and not with --tune; leave one out")
     if Path(model.model).is_dir():
         given = {"--data": data.data, "--plan": plan, "--weights": model.weights}
         shipped = _converted(Path(model.model), chosen, out, [name for name, value in given.items() if value])
@@ -77,7 +84,7 @@ def export(
                 made = measured(network, model.example(), chosen, part, seed=run.seed, knobs=asked)
                 capture, left, islands = made.capture, made.left, made.why
             else:
-                capture, left = quantized(network, model.example(), chosen, part, asked)
+                capture, left = quantized(network, model.example(), chosen, part, asked, how if mended else AS_ROUNDED)
             proof = next(iter(examples.test.batches(proofs, limit=proofs)))[0]
             shipped = ship(capture, chosen, folder, left=left, proof=proof, say=say)
     _tell(_tuned(shipped, run, islands) if tune_options else shipped, chosen, folder, run)

@@ -75,15 +75,19 @@ def untrained_seconds(tried: list[Tried]) -> float:
     return seconds[len(seconds) // 2] if seconds else 0.0
 
 
-def epoch_cost(job: Job) -> tuple[float, bool]:
-    """Estimate what an epoch of the original costs with a teacher, from the fastest of a few steps in each layout.
+def epoch_cost(job: Job, choose: bool) -> tuple[float, bool]:
+    """Estimate what an epoch of the original costs with a teacher, from the fastest of a few steps.
+
+    Args:
+        job: what is trained, on what.
+        choose: whether the layout that is faster here may be taken, where the recipe leaves it open.
 
     Returns:
-        Seconds, and whether channels last is the faster layout, where the recipe leaves it open.
+        Seconds, and whether images are laid out channels last.
     """
     inputs, labels = next(iter(job.data.train.batches(PROBE_BATCH, limit=PROBE_BATCH)))
     section = job.recipe.finetune
-    is_open = inputs.ndim == 4 and "channels_last" not in section.model_fields_set
+    is_open = choose and inputs.ndim == 4 and "channels_last" not in section.model_fields_set
     layouts = (False, True) if is_open else (section.channels_last,)
     best = {layout: _step_seconds(job, inputs, labels, layout) for layout in layouts}
     layout = min(best, key=lambda each: best[each])

@@ -11,7 +11,7 @@ from kompakt.engine.effort import Effort, begun, epoch_cost
 from kompakt.engine.frontier import Limits, choose
 from kompakt.engine.ledger import Ledger, open_ledger
 from kompakt.engine.shipping import shipped
-from kompakt.engine.strategy import Objective, Space, propose, within_reach
+from kompakt.engine.strategy import Objective, Space, propose, rates_for, within_reach
 from kompakt.errors import InputError, KompaktError
 from kompakt.graph.fold import fold
 from kompakt.graph.trace import trace
@@ -71,8 +71,9 @@ def explore(job: Job, asked: Asked) -> Result:
     original = _original(job)
     ledger = open_ledger(job.out, asked.study, _identity(job, asked), job.seed)
     space, seconds = _space(job, asked, ledger)
-    finetune = job.recipe.finetune.model_copy(update={"channels_last": space.channels_last})
-    job = replace(job, recipe=job.recipe.model_copy(update={"finetune": finetune}))
+    if space.channels_last != job.recipe.finetune.channels_last:
+        finetune = job.recipe.finetune.model_copy(update={"channels_last": space.channels_last})
+        job = replace(job, recipe=job.recipe.model_copy(update={"finetune": finetune}))
     search = _Search(
         job=job,
         asked=asked,
@@ -199,11 +200,11 @@ def _space(job: Job, asked: Asked, ledger: Ledger) -> tuple[Space, float]:
     """Decide what may be tried, and what an epoch costs, once for a study: whoever goes on with it must do the same."""
     known = ledger.study.user_attrs.get("space")
     if known is not None:
-        return Space(**known), float(ledger.study.user_attrs["epoch_seconds"])
+        return Space(**known | {"rates": tuple(known["rates"])}), float(ledger.study.user_attrs["epoch_seconds"])
     limit = job.recipe.budget.max_drop
     epochs = job.recipe.finetune.epochs
     job.say("timing a step of training")
-    seconds, channels_last = epoch_cost(job)
+    seconds, channels_last = epoch_cost(job, asked.minutes is not None)
     if not epochs and asked.minutes is not None:
         affordable = asked.minutes * 60 * TRAINED_SHARE / (seconds / HALVED)
         epochs = max(int(affordable / TRAINED), int(affordable >= 1))
@@ -215,6 +216,7 @@ def _space(job: Job, asked: Asked, ledger: Ledger) -> tuple[Space, float]:
         epochs=min(epochs, MOST_EPOCHS),
         blocks=blocks,
         channels_last=channels_last,
+        rates=rates_for(sum(parameter.numel() for parameter in job.model.parameters())),
     )
     ledger.study.set_user_attr("epoch_seconds", seconds)
     ledger.study.set_user_attr("space", vars(space))

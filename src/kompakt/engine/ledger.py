@@ -14,7 +14,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from kompakt.engine.choice import Choice
-from kompakt.engine.strategy import RATES, Space
+from kompakt.engine.strategy import Space
 from kompakt.errors import InputError
 from kompakt.measure.result import Tried
 
@@ -142,7 +142,7 @@ def choice_of(trial: FrozenTrial) -> Choice | None:
 
 def _suggest(trial: Trial, space: Space) -> Choice:
     """Read what a trial tries, or let the sampler draw it."""
-    rates = (0.0,) if space.objective == "latency" else (0.0, *RATES)
+    rates = (0.0,) if space.objective == "latency" else (0.0, *space.rates)
     return Choice(
         fewer_macs=round(trial.suggest_float("fewer_macs", 1.0, space.most, step=0.01), 2),
         drop_blocks=trial.suggest_int("drop_blocks", 0, space.blocks),

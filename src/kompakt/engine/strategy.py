@@ -17,7 +17,18 @@ from kompakt.engine.choice import Choice
 
 Objective = Literal["size", "latency", "both"]
 STRIDE, CLOSE = 1.5, 1.15
-RATES = (1e-8, 3e-8, 6e-8, 1.2e-7, 3e-7)
+NATS, FIRST = (0.0027, 0.008, 0.016, 0.032, 0.08), 2
+"""What a bit more or less of every weight may cost, in nats of divergence, and the place of what is tried first."""
+
+
+def rates_for(weights: int) -> tuple[float, ...]:
+    """Return what a single bit may cost: a large network has many that are worth little each.
+
+    Example:
+        >>> rates_for(270_000)
+        (1e-08, 3e-08, 5.9e-08, 1.2e-07, 3e-07)
+    """
+    return tuple(float(f"{nats / max(weights, 1):.1e}") for nats in NATS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +42,7 @@ class Space:
         most: the largest factor of multiplications.
         blocks: residual blocks that may be dropped.
         channels_last: the layout that networks are trained in.
+        rates: nats of divergence that a bit may cost, ascending.
     """
 
     objective: Objective = "both"
@@ -39,6 +51,7 @@ class Space:
     most: float = 8.0
     blocks: int = 0
     channels_last: bool = False
+    rates: tuple[float, ...] = rates_for(270_000)
 
 
 def within_reach(drops: Mapping[Choice, float], space: Space) -> Space:
@@ -95,12 +108,12 @@ def _search(drops: Mapping[Choice, float], space: Space) -> None:
     def coded(choice: Choice, place: int) -> bool:
         return keeps(replace(choice, rate=rates[place]))
 
-    rates = RATES if space.objective != "latency" else ()
+    rates = space.rates if space.objective != "latency" else ()
 
     def narrow(choice: Choice, guess: int) -> int:
         """Find the greatest rate that keeps the budget, up or down from a guess; return its place, else 0."""
         up = list(takewhile(partial(coded, choice), range(guess, len(rates))))
-        return up[-1] if up else next(filter(partial(coded, choice), reversed(range(guess))), 0)
+        return up[-1] if up else next(filter(partial(coded, choice), reversed(range(min(guess, len(rates))))), 0)
 
     def climb(low: float, epochs: int) -> float:
         """Find the largest factor of multiplications that keeps the budget; ``low`` does."""
@@ -113,7 +126,7 @@ def _search(drops: Mapping[Choice, float], space: Space) -> None:
                 high = ratio
         return low
 
-    guess = narrow(Choice(), 0) if keeps(Choice()) else 0
+    guess = narrow(Choice(), FIRST) if keeps(Choice()) else FIRST
     free = climb(1.0, 0)
     if free > 1:
         guess = narrow(Choice(fewer_macs=free), guess)
