@@ -139,7 +139,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=int, default=6, help="so many of the kinds of one-shot row on test images")
     parser.add_argument("--seconds", type=float, default=60.0, help="for each pair of files that is timed")
     parser.add_argument("--cifar", default="/tmp/data", help="CIFAR-10 as an image folder")
-    parser.add_argument("--other", default="/work/env/tp/bin/python", help="the Python that has torch-pruning")
+    parser.add_argument("--other", default=".venv-torch-pruning/bin/python", help="the Python that has torch-pruning")
     return parser
 
 
