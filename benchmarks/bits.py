@@ -82,8 +82,8 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop cleanly after this time")
     parser.add_argument("--cifar", default="/tmp/data", help="CIFAR-10 as an image folder")
     parser.add_argument("--mnist", default="/tmp/mnist", help="MNIST as an image folder")
-    parser.add_argument("--other", default="/work/env/bits/bin/python", help="the Python that has Brevitas and torchao")
-    parser.add_argument("--mixed-other", default="/work/env/mct/bin/python", help="the Python that has MCT")
+    parser.add_argument("--other", default=".venv-brevitas/bin/python", help="the Python that has Brevitas and torchao")
+    parser.add_argument("--mixed-other", default=".venv-mct/bin/python", help="the Python that has MCT")
     given = parser.parse_args()
     torch.set_num_threads(1)
     end = time.monotonic() + 60 * given.minutes

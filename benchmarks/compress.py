@@ -47,10 +47,8 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1, help="of training; files are always timed with one")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no cell after this time")
     parser.add_argument("--cifar", default="/tmp/data", help="CIFAR-10 as an image folder")
-    parser.add_argument(
-        "--peers", default="/work/env/openvino/bin/python", help="the Python that has NNCF and OpenVINO"
-    )
-    parser.add_argument("--pruner", default="/work/env/tp/bin/python", help="the Python that has torch-pruning")
+    parser.add_argument("--peers", default=".venv-peers/bin/python", help="the Python that has NNCF and OpenVINO")
+    parser.add_argument("--pruner", default=".venv-torch-pruning/bin/python", help="the Python that has torch-pruning")
     parser.add_argument("--page", action="store_true", help="write the page and nothing else")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)

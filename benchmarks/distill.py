@@ -72,7 +72,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=120.0, help="for timing steps")
     parser.add_argument("--without", nargs="*", default=[], help="leave out rows, starts or tools of these names")
     parser.add_argument("--cifar", default="/tmp/data", help="CIFAR-10 as an image folder")
-    parser.add_argument("--other", default="/work/env/torchdistill/bin/python", help="the Python that has torchdistill")
+    parser.add_argument("--other", default=".venv-torchdistill/bin/python", help="the Python that has torchdistill")
     given = parser.parse_args()
     torch.set_num_threads(1)
     end = time.monotonic() + 60 * given.minutes

@@ -12,7 +12,7 @@ from kompakt.data import Split, open_data
 from kompakt.zoo import resnet20
 
 ROOT = Path(__file__).resolve().parents[1]
-ZOO = Path("/work/shared/zoo") if Path("/work/shared/zoo").exists() else ROOT.parent / "shared" / "zoo"
+ZOO = ROOT.parent / "shared" / "zoo"
 CLASSES = 10
 PERTURBATION = 0.5
 

@@ -70,7 +70,13 @@ def baseline(cells: Cells, bench: Bench) -> None:
 
 def run_tuned(cells: Cells, bench: Bench, given: argparse.Namespace, ratios: list[float]) -> None:
     """Train the choices of both tools and the unpruned control, alike."""
-    tuning = Tuning(epochs=given.epochs, learning_rate=given.rate, distill=given.distill, steps=given.steps)
+    tuning = Tuning(
+        epochs=given.epochs,
+        learning_rate=given.rate,
+        distill=given.distill,
+        attention=given.attention,
+        steps=given.steps,
+    )
     for seed in given.seeds:
         rows = [("unpruned", "", 1.0, "none")]
         for ratio in ratios:
@@ -78,6 +84,8 @@ def run_tuned(cells: Cells, bench: Bench, given: argparse.Namespace, ratios: lis
             rows += [("torch-pruning", best(cells, bench.name, ratio, "torch-pruning", bench.validation), ratio, "bn")]
         for tool, setting, ratio, mend in (row for row in rows if row[0] in given.tools):
             how = {**asdict(tuning), "distill": tuning.distill if tool == "kompakt" else 0.0}
+            if tool != "kompakt" or not tuning.attention:
+                del how["attention"]
             key = {**_key(bench, ratio, tool, setting, mend, "test"), "part": "tuned", "seed": seed, **how}
             cells.get(key, lambda k=key: tuned(bench, *_what(k)[:4], k["seed"], tuning, cells.spent))
 
@@ -130,6 +138,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--rate", type=float, default=Tuning().learning_rate, help="highest learning rate")
     parser.add_argument("--distill", type=float, default=Tuning().distill, help="kompakt's share of soft targets")
+    parser.add_argument("--attention", type=float, default=0.0, help="weight of attention maps beside them")
     parser.add_argument("--threads", type=int, default=1, help="of torch; files are always timed with one")
     parser.add_argument("--steps", type=int, default=0, help="stop training after so many steps: a smoke test")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop cleanly after this time")
@@ -139,7 +148,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=int, default=6, help="so many of the kinds of one-shot row on test images")
     parser.add_argument("--seconds", type=float, default=60.0, help="for each pair of files that is timed")
     parser.add_argument("--cifar", default="/tmp/data", help="CIFAR-10 as an image folder")
-    parser.add_argument("--other", default="/work/env/tp/bin/python", help="the Python that has torch-pruning")
+    parser.add_argument("--other", default=".venv-torch-pruning/bin/python", help="the Python that has torch-pruning")
     return parser
 
 

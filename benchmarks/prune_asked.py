@@ -85,7 +85,8 @@ def _best(cells: Cells, model: str, ratio: float, tool: str) -> tuple[float, lis
     for cell in cells.find(part="tuned", model=model, ratio=ratio, tool=tool, steps=0):
         key = cell["key"]
         if key["epochs"] <= EPOCHS:
-            recipes.setdefault((key["epochs"], key["learning_rate"], key.get("distill")), []).append(cell)
+            taught = (key.get("distill"), key.get("attention"))
+            recipes.setdefault((key["epochs"], key["learning_rate"], taught), []).append(cell)
     drops = [
         (100 * (reference(cells, model, epochs, rate) - mean(c["accuracy"] for c in found)), found)
         for (epochs, rate, _), found in recipes.items()

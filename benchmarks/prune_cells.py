@@ -23,6 +23,7 @@ from kompakt.allotment import Timing, gradients
 from kompakt.artifact.onnx import export_onnx
 from kompakt.artifact.targets import target
 from kompakt.augment import crop_and_flip
+from kompakt.build.distill import stage_terms
 from kompakt.build.evaluate import evaluate, reestimate_bn
 from kompakt.build.prune import apply_prune
 from kompakt.build.reconstruct import reconstruct
@@ -199,19 +200,25 @@ class Tuning:
     """How all networks are trained further; ``steps`` above 0 stops early (a smoke test).
 
     ``distill`` is the share of the loss that the original's soft targets have, for kompakt's networks alone: neither
-    torch-pruning nor the unpruned control is taught.
+    torch-pruning nor the unpruned control is taught. ``attention`` is the weight of attention maps beside it, which
+    wants the original in PyTorch.
     """
 
     epochs: int = 10
     learning_rate: float = 0.05
     batch_size: int = 128
     distill: float = 0.9
+    attention: float = 0.0
     steps: int = 0
 
-    def objective(self) -> Objective:
-        """What a taught network minimises."""
-        soft = Term(loss="soft_targets", weight=self.distill, knobs={"temperature": 4.0})
-        return Objective(terms=(soft,), task_weight=1 - self.distill)
+    def lesson(self, bench: Bench, model: nn.Module) -> tuple[Objective, tuple[Teacher, ...]]:
+        """What a taught network minimises, and who teaches it."""
+        terms: tuple[Term, ...] = (Term(loss="soft_targets", weight=self.distill, knobs={"temperature": 4.0}),)
+        who: Any = onnx_teacher(_float_file(bench))
+        if self.attention:
+            terms += stage_terms("attention", bench.model, model, example(bench.name), weight=self.attention)
+            who = bench.model
+        return Objective(terms=terms, task_weight=1 - self.distill), (Teacher(model=who),)
 
 
 def tuned(
@@ -225,6 +232,7 @@ def tuned(
     model = bench.made(tool, setting, ratio, mend)
     taught = tool == "kompakt" and tuning.distill > 0
     recipe = f"{tuning.epochs}-{tuning.learning_rate}-{tuning.distill if taught else 0}-{tuning.steps}"
+    recipe += f"-{tuning.attention}" if taught and tuning.attention else ""
     label = f"{tool}-{setting}-{ratio}-{mend}-{seed}-{recipe}"
 
     class Enough(Exception):
@@ -250,8 +258,7 @@ def tuned(
     loader = shuffled(bench.data.train, tuning.batch_size, seed=seed, augment=crop_and_flip)
     start = time.perf_counter()
     with suppress(Enough):
-        who = (Teacher(model=onnx_teacher(_float_file(bench))),) if taught else ()
-        teachers = {"objective": tuning.objective(), "teachers": who} if taught else {}
+        teachers = dict(zip(("objective", "teachers"), tuning.lesson(bench, model), strict=True)) if taught else {}
         train(model, loader, settings, hooks=Hooks(after_step=(watch,), progress=False), **teachers)
     seconds = time.perf_counter() - start
     file = export_onnx(fold(trace(model.eval(), example(bench.name))), bench.folder / f"{label}.onnx")

@@ -107,7 +107,7 @@ def _tuned(cells: Cells, model: str) -> list[str]:
         threads = ", ".join(sorted({str(cell.get("threads", "–")) for cell in group}))
         faster = mean(cell["latency"]["times_faster"] for cell in group)
         lines.append(
-            f"| {size(ratio)} | {tool} | {epochs} | {rate:g} | {'yes' if taught else 'no'} | {len(group)} "
+            f"| {size(ratio)} | {tool} | {epochs} | {rate:g} | {taught} | {len(group)} "
             f"| {found:.2f} ({each}) | {100 * level - found:.2f} | {faster:.2f} | {threads} |"
         )
     if not any(cell["key"].get("distill") for cell in rows):
@@ -117,14 +117,17 @@ def _tuned(cells: Cells, model: str) -> list[str]:
         "",
         "A drop is against the better of the original and the control, the unpruned network trained alike (mean over "
         "its seeds; the original alone where the control was not run). *Taught*: nine tenths of the loss are the "
-        "original's soft targets; neither torch-pruning's networks nor the control have a teacher. Seeds are few: a "
+        "original's soft targets, *attention*: its attention maps, weighed so, are added; neither torch-pruning's "
+        "networks nor the control have a teacher. Seeds are few: a "
         "difference of some tenths of a point between rows settles nothing.",
     ]
 
 
-def _recipe(cell: dict[str, Any]) -> tuple[float, str, int, float, bool]:
+def _recipe(cell: dict[str, Any]) -> tuple[float, str, int, float, str]:
     key = cell["key"]
-    return key["ratio"], key["tool"], key["epochs"], key["learning_rate"], bool(key.get("distill"))
+    taught = "yes" if key.get("distill") else "no"
+    taught += f", attention {key['attention']:g}" if key.get("attention") else ""
+    return key["ratio"], key["tool"], key["epochs"], key["learning_rate"], taught
 
 
 def _latency(cells: Cells) -> list[str]:

@@ -45,7 +45,7 @@ from kompakt.shrink import prepare
 from kompakt.slim import slim
 
 ROOT = Path(__file__).resolve().parents[1]
-ZOO = Path("/work/shared/zoo") if Path("/work/shared/zoo").exists() else ROOT.parent / "shared" / "zoo"
+ZOO = ROOT.parent / "shared" / "zoo"
 RESULTS = ROOT / "benchmarks" / "results" / "size"
 NETWORKS = {"resnet20": ("kompakt.zoo:resnet20", 32), "resnet32": ("kompakt.zoo:resnet32", 32),
             "resnet18": ("torchvision/resnet18", 48)}  # fmt: skip

@@ -126,3 +126,21 @@ def test_a_dimension_that_several_groups_cut_is_refitted_whole() -> None:
     shapes = {name: value.shape for name, value in pruned.state_dict().items()}
     assert {name: value.shape for name, value in made.state_dict().items()} == shapes
     assert torch.isfinite(made(example)).all()
+
+
+@pytest.mark.parametrize("most", [1, 2**28])
+def test_what_is_held_together_and_activations_in_place_change_nothing(
+    most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)]
+    net, made = nn.Sequential(*layers).eval(), []
+    for inplace in (False, True):
+        for place in (1, 3):
+            net[place] = nn.ReLU(inplace=inplace)
+        coupling = couple(trace(net, torch.zeros(2, 3, 8, 8)).graph)
+        plan = removal(coupling, {"0": [1, 5], "2": [0, 3]})
+        if inplace:
+            monkeypatch.setattr("kompakt.build.reconstruct.MOST_BYTES", most)
+        made.append(reconstruct(net, apply_prune(net, plan), coupling, plan, data()).state_dict())
+    assert all(torch.equal(value, made[1][name]) for name, value in made[0].items())

@@ -32,13 +32,16 @@ class Rate:
 
 @dataclass(frozen=True, kw_only=True)
 class _Prices:
-    """``ColumnPrices`` for tensors."""
+    """``ColumnPrices`` for tensors: one for each of so many equal parts of the rows."""
 
-    columns: ColumnPrices
+    parts: tuple[ColumnPrices, ...]
 
     def column(self, index: int, q: Tensor, candidates: Tensor) -> Tensor:
         """Return the bits of candidates, (n, rows)."""
-        return torch.from_numpy(self.columns.bits(index, q.numpy(), candidates.numpy()))
+        count = len(self.parts)
+        rows, moves = q.numpy().reshape(count, -1, q.shape[1]), candidates.numpy().reshape(len(candidates), count, -1)
+        found = [part.bits(index, rows[n], moves[:, n]) for n, part in enumerate(self.parts)]
+        return torch.from_numpy(found[0] if count == 1 else np.concatenate(found, axis=1))
 
 
 def rate_distorted(
@@ -64,26 +67,24 @@ def rate_distorted(
     base = torch.maximum(steps(factor, importance, trade), w.detach().abs().flatten(1).amax(1) / most)
     base = base.clamp(min=torch.as_tensor(least, dtype=base.dtype).clamp(min=1e-12))
     tried = _spread_rows(w.shape[0], factor.shape[0])
-    best = min(
-        FACTORS, key=lambda wider: _trial(w, factor, coarse(base * wider, SCALE_BITS), (importance, trade), tried, most)
-    )
-    scale = coarse(base * best, SCALE_BITS)
+    scales = torch.stack([coarse(base * wider, SCALE_BITS) for wider in FACTORS])
+    scale = scales[_trial(w, factor, scales, (importance, trade), tried, most).argmin()]
     q = _nearest(w, scale, most)
     for _ in range(PASSES):
         q, _ = trade_off(w, factor, scale, _prices(q), (importance, trade), most)
     return q, scale
 
 
-def _trial(w: Tensor, factor: Tensor, scale: Tensor, weights: tuple[Tensor, float], rows: Tensor, most: int) -> float:
-    """The cost of some rows under a scale."""
-    importance, trade = weights
-    q = _nearest(w, scale, most)
+def _trial(w: Tensor, factor: Tensor, scales: Tensor, weights: tuple[Tensor, float], rows: Tensor, most: int) -> Tensor:
+    """The costs of some rows under several scales (n, all rows), side by side, at the prices of these rows alone."""
+    count, (importance, trade) = len(scales), weights
+    part = w[rows].repeat(count, *(1,) * (w.ndim - 1))
+    factors = factor.repeat(count, 1, 1) if len(factor) > 1 else factor.expand(count, -1, -1)
+    scale, worth = scales[:, rows].reshape(-1), (importance[rows].repeat(count), trade)
+    q = _nearest(part, scale, most)
     for _ in range(PASSES):
-        prices = _Prices(columns=_prices(q).columns.rows(rows.numpy()))
-        found, cost = trade_off(w[rows], factor, scale[rows], prices, (importance[rows], trade), most)
-        q = q.clone()
-        q[rows] = found
-    return float(cost.sum())
+        q, cost = trade_off(part, factors, scale, _prices(*q.chunk(count)), worth, most)
+    return cost.reshape(count, -1).sum(1)
 
 
 def _spread_rows(count: int, groups: int) -> Tensor:
@@ -98,5 +99,5 @@ def _nearest(w: Tensor, scale: Tensor, most: int) -> Tensor:
     return (w.detach() / wide).round().clamp(-most, most).to(torch.int32)
 
 
-def _prices(q: Tensor) -> _Prices:
-    return _Prices(columns=rate_model(q.numpy().astype(np.int8)).columns())
+def _prices(*parts: Tensor) -> _Prices:
+    return _Prices(parts=tuple(rate_model(q.numpy().astype(np.int8)).columns() for q in parts))

@@ -6,8 +6,10 @@ the inputs that the pruned model really has (§3.2: so that a layer also mends t
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,8 @@ from kompakt.numerics.moments import Conv, patches
 from kompakt.plan.plan import Plan, Prune
 
 Pair = tuple[Tensor, Tensor]
+MOST_BYTES = 2**28
+"""Of outputs of the original that are held at once."""
 
 
 class _Reached(Exception):
@@ -93,9 +97,48 @@ def reconstruct(
     gone = {(name, dim): tuple(sorted(places)) for name, dims in cuts.items() for dim, (_, places) in dims.items()}
     norms = _norms(coupling)
     with inference(original), inference(made):
-        for name in _layers(made, coupling, gone):
-            _refit(original, made, name, norms.get(name), gone.get((f"{name}.weight", 0), ()), inputs, damp)
+        for names in _together(_layers(made, coupling, gone), coupling, sum(map(len, inputs))):
+            wanted = _outputs(original, names, inputs)
+            for name in names:
+                pairs = zip(inputs, wanted.pop(name), strict=True)
+                _refit(made, name, norms.get(name), gone.get((f"{name}.weight", 0), ()), pairs, damp)
     return made
+
+
+def _together(names: Sequence[str], coupling: Coupling, examples: int) -> Iterator[list[str]]:
+    """Part layers into runs whose outputs fit into ``MOST_BYTES`` together; one at least is in each."""
+    sizes = {str(op.ref("weight")).rpartition(".")[0]: 4 * prod(op.shape[1:]) for op in coupling.graph.layers}
+    found: list[str] = []
+    for name in names:
+        if found and examples * sum(sizes[each] for each in [*found, name]) > MOST_BYTES:
+            yield found
+            found = []
+        found.append(name)
+    if found:
+        yield found
+
+
+def _outputs(model: nn.Module, names: Sequence[str], inputs: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+    """Run the model once for each batch; return the output of the first call of each layer, batch by batch."""
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
+    for batch in inputs:
+        seen: dict[str, Tensor] = {}
+        with ExitStack() as stack, suppress(_Reached):
+            for name in names:
+                hook = partial(_keep, seen, name, len(names))
+                stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
+            model(batch)
+        for name in names:
+            found[name].append(seen[name])
+    return found
+
+
+def _keep(
+    seen: dict[str, Tensor], name: str, count: int, _module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor
+) -> None:
+    seen.setdefault(name, output.clone())  # what follows may change it in place
+    if len(seen) == count:
+        raise _Reached
 
 
 def _layers(model: nn.Module, coupling: Coupling, gone: Mapping[tuple[str, int], Sequence[int]]) -> list[str]:
@@ -125,15 +168,14 @@ def _norms(coupling: Coupling) -> dict[str, str]:
 
 
 def _refit(
-    original: nn.Module,
     made: nn.Module,
     name: str,
     norm: str | None,
     removed: Sequence[int],
-    inputs: Sequence[Tensor],
+    pairs: Iterable[Pair],
     damp: float,
 ) -> None:
-    """Refit one layer in place."""
+    """Refit one layer in place, from pairs: the model's inputs, what the layer should give for them."""
     layer = made.get_submodule(name)
     assert isinstance(layer, nn.Conv2d | nn.Linear)
     shape = layer.weight.shape
@@ -142,9 +184,8 @@ def _refit(
     blank = torch.zeros(width, width, dtype=torch.float64)
     fit = Fit(xx=blank, xy=blank.new_zeros(width, shape[0]), x=blank[0].clone(), y=blank.new_zeros(shape[0]))
     shifts = norm is not None or layer.bias is not None
-    for batch in inputs:
-        seen = _at(made, name, batch)[0]
-        wanted = _at(original, name, batch)[1]
+    for batch, wanted in pairs:
+        seen = layer_inputs(made, name, batch)
         rows = patches(seen, conv_of(layer))[0] if isinstance(layer, nn.Conv2d) else seen.flatten(0, -2)
         outputs = wanted.movedim(1, -1) if isinstance(layer, nn.Conv2d) else wanted
         fit.add(rows, outputs.flatten(0, -2)[:, kept])
@@ -175,26 +216,16 @@ def conv_of(layer: nn.Conv2d) -> Conv:
 
 def layer_inputs(model: nn.Module, name: str, batch: Tensor) -> Tensor:
     """Return the input of the layer ``name``; what comes after it is not run."""
-    return _at(model, name, batch)[0]
+    seen: list[Tensor] = []
 
-
-def _at(model: nn.Module, name: str, batch: Tensor) -> Pair:
-    """Return a layer's input and output; what comes after it is not run."""
-    with _watched(model.get_submodule(name)) as seen, suppress(_Reached):
-        model(batch)
-    return seen[0]
-
-
-@contextmanager
-def _watched(module: nn.Module) -> Iterator[list[Pair]]:
-    seen: list[Pair] = []
-
-    def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        seen.append((inputs[0], output))
+    def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.append(inputs[0])
         raise _Reached
 
-    handle = module.register_forward_hook(hook)
+    handle = model.get_submodule(name).register_forward_pre_hook(hook)
     try:
-        yield seen
+        with suppress(_Reached):
+            model(batch)
     finally:
         handle.remove()
+    return seen[0]

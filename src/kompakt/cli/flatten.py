@@ -1,10 +1,14 @@
 """Let a command take its options as frozen dataclasses, so that commands share them."""
 
+import copy
 import dataclasses
 import functools
 import inspect
+import re
 from collections.abc import Callable
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+from typer.models import OptionInfo
 
 
 def flatten(command: Callable[..., None]) -> Callable[..., None]:
@@ -43,12 +47,26 @@ def flatten(command: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
-def _filled(kind: type, given: dict[str, Any]) -> object:
-    """Take the fields of ``kind`` out of ``given``."""
-    return kind(**{field.name: given.pop(field.name) for field in dataclasses.fields(kind)})
-
-
 def _parameter(field: dataclasses.Field, kind: type) -> inspect.Parameter:
     default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
     annotation = get_type_hints(kind, include_extras=True)[field.name]
-    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+    return inspect.Parameter(
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=_in_panel(annotation, kind)
+    )
+
+
+def _in_panel(annotation: Any, kind: type) -> Any:
+    """Let the help show an option among those of its dataclass; arguments stay where they are."""
+    if get_origin(annotation) is not Annotated:
+        return annotation
+    bare, *extras = get_args(annotation)
+    words = re.findall(r"[A-Z][a-z]*", kind.__name__.removeprefix("Optional"))
+    title = " ".join(words).capitalize()
+    shown = [_titled(extra, title) if isinstance(extra, OptionInfo) else extra for extra in extras]
+    return Annotated[bare, *shown]
+
+
+def _titled(option: OptionInfo, title: str) -> OptionInfo:
+    made = copy.copy(option)
+    made.rich_help_panel = title
+    return made

@@ -4,7 +4,7 @@ The prices are those of the parametric model (FORMAT.md §6.2): scale factors a 
 prediction from earlier taps. A choice made by them is coded at that price.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -81,10 +81,6 @@ class ColumnPrices:
     table: np.ndarray
     taps: int
     weights: tuple[np.ndarray, ...]
-
-    def rows(self, chosen: np.ndarray) -> "ColumnPrices":
-        """The prices of some rows alone."""
-        return replace(self, cells=np.ascontiguousarray(self.cells[:, chosen]))
 
     def bits(self, index: int, q: np.ndarray, candidates: np.ndarray) -> np.ndarray:
         """What each candidate costs, float32 [n, O].

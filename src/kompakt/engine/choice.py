@@ -58,9 +58,10 @@ class Choice:
             update={"epochs": self.epochs, "checkpoint": self.epochs > 0}
         )
         budget = base.budget if self.step_back else BudgetSection()
-        made = {"prune": prune, "quantize": quantize, "finetune": finetune, "budget": budget}
+        distill = base.distill
         if self.epochs and cached(base):
-            made["distill"] = base.distill.model_copy(update={"cache": base.distill.cache or True})
+            distill = distill.model_copy(update={"cache": distill.cache or True})
+        made = {"prune": prune, "quantize": quantize, "finetune": finetune, "distill": distill, "budget": budget}
         return base.model_copy(update=made)
 
 

@@ -19,8 +19,8 @@ from kompakt.plan.recipe import Recipe
 SPENT = "spent"
 PROBES, PROBE_BATCH = 3, 128
 TEACHER_COST, KEPT_COST = 1.5, 1.1
-RESERVE = 3.0
-"""So many untrained candidates' time is kept for measuring the one that ships."""
+RESERVE = 1.5
+"""So many times the slowest untrained candidate's time is kept for making the one that ships again and measuring it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +70,8 @@ def begun(job: Job, minutes: float | None, started: float) -> Effort:
 
 
 def untrained_seconds(tried: list[Tried]) -> float:
-    """The time that a candidate takes without training: the median so far."""
-    seconds = sorted(item.seconds for item in tried if not item.epochs)
-    return seconds[len(seconds) // 2] if seconds else 0.0
+    """The time that a candidate takes without training: the longest so far."""
+    return max((item.seconds for item in tried if not item.epochs), default=0.0)
 
 
 def epoch_cost(job: Job, choose: bool) -> tuple[float, bool]:

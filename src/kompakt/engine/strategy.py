@@ -110,32 +110,35 @@ def _search(drops: Mapping[Choice, float], space: Space) -> None:
 
     rates = space.rates if space.objective != "latency" else ()
 
-    def narrow(choice: Choice, guess: int) -> int:
-        """Find the greatest rate that keeps the budget, up or down from a guess; return its place, else 0."""
+    def narrow(choice: Choice, guess: int) -> int | None:
+        """Find the place of the greatest rate that keeps the budget, up or down from a guess."""
         up = list(takewhile(partial(coded, choice), range(guess, len(rates))))
-        return up[-1] if up else next(filter(partial(coded, choice), reversed(range(min(guess, len(rates))))), 0)
+        return up[-1] if up else next(filter(partial(coded, choice), reversed(range(min(guess, len(rates))))), None)
 
-    def climb(low: float, epochs: int) -> float:
-        """Find the largest factor of multiplications that keeps the budget; ``low`` does."""
-        high: float | None = None
-        while low < space.most and (high is None or high / low > CLOSE):
-            ratio = round(min(low * STRIDE, space.most) if high is None else sqrt(low * high), 2)
+    def climb(low: float, epochs: int) -> list[float]:
+        """Find factors of multiplications that keep the budget, ascending, up to the largest; ``low`` does."""
+        kept, high = [low], None
+        while kept[-1] < space.most and (high is None or high / kept[-1] > CLOSE):
+            ratio = round(min(kept[-1] * STRIDE, space.most) if high is None else sqrt(kept[-1] * high), 2)
             if keeps(Choice(fewer_macs=ratio, epochs=epochs)):
-                low = ratio
+                kept.append(ratio)
             else:
                 high = ratio
-        return low
+        return kept
 
-    guess = narrow(Choice(), FIRST) if keeps(Choice()) else FIRST
+    def largest(kept: list[float], epochs: int, guess: int) -> int:
+        """Narrow the largest network that leaves room for it; return the place of its rate, else the guess."""
+        places = (narrow(Choice(fewer_macs=ratio, epochs=epochs), guess) for ratio in reversed(kept))
+        return next((place for place in places if place is not None), guess)
+
+    first = narrow(Choice(), FIRST) if keeps(Choice()) else None
     free = climb(1.0, 0)
-    if free > 1:
-        guess = narrow(Choice(fewer_macs=free), guess)
+    guess = largest(free[1:], 0, FIRST if first is None else first)
     if space.epochs:
-        best = climb(free, space.epochs)
-        if best > free:
-            guess = narrow(Choice(fewer_macs=best, epochs=space.epochs), guess)
+        trained = climb(free[-1], space.epochs)
+        guess = largest(trained[1:], space.epochs, guess)
         for blocks in range(1, space.blocks + 1):
-            choice = Choice(fewer_macs=best, drop_blocks=blocks, epochs=space.epochs)
+            choice = Choice(fewer_macs=trained[-1], drop_blocks=blocks, epochs=space.epochs)
             if not keeps(choice):
                 break
-            guess = narrow(choice, guess)
+            narrow(choice, guess)

@@ -87,20 +87,22 @@ def trade_off(
     importance, trade = weights
     rows, layout = w.shape[0], (groups, -1, width)
     left = (w.detach().float().reshape(rows, width) / scale[:, None]).reshape(layout).clone()
-    half = (importance * scale.square()).float().clamp(min=1e-30) / 2
-    q, cost = torch.zeros(rows, width), torch.zeros(rows)
+    pivots = factor.diagonal(dim1=1, dim2=2).repeat_interleave(rows // groups, dim=0).T.contiguous()
+    worth = (importance * scale.square()).float().clamp(min=1e-30) / 2 / pivots.square()
+    moves = torch.tensor([0.0, -1.0, 1.0])[:, None]
+    q, cost, candidates = torch.zeros(rows, width), torch.zeros(rows), torch.zeros(4, rows)
     for start in range(0, width, block):
         end = min(start + block, width)
         errors = torch.zeros_like(left[:, :, start:end])
         for i in range(start, end):
-            value, pivot = left[:, :, i].reshape(rows), factor[:, i, i].repeat_interleave(rows // groups)
-            nearest = value.round()
-            candidates = torch.stack((nearest, nearest - 1, nearest + 1, torch.zeros(rows))).clamp_(-most, most)
-            costs = half / pivot.square() * (value - candidates).square() + trade * price.column(i, q, candidates)
+            value = left[:, :, i].reshape(rows)
+            torch.add(value.round(), moves, out=candidates[:3]).clamp_(-most, most)
+            costs = worth[i] * (value - candidates).square_() + trade * price.column(i, q, candidates)
             least, which = costs.min(0)
-            q[:, i] = candidates.gather(0, which[None])[0]
+            taken = candidates.gather(0, which[None])[0]
+            q[:, i] = taken
             cost += least
-            error = ((value - q[:, i]) / pivot).reshape(groups, -1)
+            error = ((value - taken) / pivots[i]).reshape(groups, -1)
             left[:, :, i:end] -= error[:, :, None] * factor[:, i, None, i:end]
             errors[:, :, i - start] = error
         left[:, :, end:] -= errors @ factor[:, start:end, end:]
