@@ -78,10 +78,14 @@ def eighths(products: np.ndarray) -> np.ndarray:
     return found
 
 
-def is_exact(values: np.ndarray, weights: np.ndarray) -> bool:
-    """Whether the prediction is exact in 32-bit floats for these values."""
-    largest = float(max(values.max(initial=0), -values.min(initial=0)))
-    return largest * int(np.abs(weights.astype(np.int64)).sum(axis=1).max(initial=0)) < EXACT
+def reach(weights: np.ndarray) -> int:
+    """How far a prediction may lie from the largest value that it is made of, in units of 1/64."""
+    return int(np.abs(weights.astype(np.int64)).sum(axis=1).max(initial=0))
+
+
+def is_exact(values: np.ndarray, most: int) -> bool:
+    """Whether predictions from these values, under weights of this reach, are exact in 32-bit floats."""
+    return float(max(values.max(initial=0), -values.min(initial=0))) * most < EXACT
 
 
 @dataclass(frozen=True, kw_only=True)

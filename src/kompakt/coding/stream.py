@@ -4,6 +4,9 @@ FORMAT.md §6.4 gives their order.
 """
 
 from collections.abc import Iterator
+from functools import cache
+from importlib import import_module
+from types import ModuleType
 
 import numpy as np
 
@@ -77,21 +80,42 @@ def decode_values(bundles: list[Bundle], tables: Tables, reader: Reader, escapes
     decoding = {stored: tables.decoding(stored) for stored in {bundle.stored for bundle in bundles}}
     for bundle, heads in _read_heads([bundle for bundle in bundles if bundle.sparse], decoding, reader):
         bundle.heads = heads
+    loops = compiled_loops()
+    read = _read_call if loops is None else loops.read_call
     at = 0
     for tap, stored, live in calls_of(bundles):
-        for chunk in _chunks([(bundle, bundle.begin(tap)) for bundle in live], reader.round):
-            contexts = [bundle.contexts(tap, start, end) for bundle, start, end in chunk]
-            joined = np.concatenate(contexts) if len(contexts) > 1 else contexts[0]
-            found, first = symbol_of(reader.read(joined, decoding[stored])), 0
-            for bundle, start, end in chunk:
-                part = found[first : first + end - start]
-                count = int(np.count_nonzero(part == ESCAPE))
-                bundle.fill(tap, start, part, _next(escapes, at, count))
-                first, at = first + part.size, at + count
-    if at != escapes.size:
+        at = read(tap, live, decoding[stored], reader, escapes, at)
+        for bundle in live:
+            bundle.check(tap)
+    if at > escapes.size:
+        raise FormatError("coded section: a value outside its table is missing; the file is corrupt")
+    if at < escapes.size:
         raise FormatError("coded section: values are left over beside it; the file is corrupt")
-    for bundle in bundles:
-        bundle.check()
+
+
+@cache
+def compiled_loops() -> ModuleType | None:
+    """``kompakt.coding.compiled``, or None where there is no numba or no place for what it compiles."""
+    try:
+        return import_module("kompakt.coding.compiled")
+    except (ImportError, RuntimeError):
+        return None
+
+
+def _read_call(
+    tap: int, live: list[Bundle], table: np.ndarray, reader: Reader, escapes: np.ndarray, at: int
+) -> int:
+    """Fill a tap of bundles; return how many escapes are used, those that are missing among them."""
+    for chunk in _chunks([(bundle, bundle.begin(tap)) for bundle in live], reader.round):
+        contexts = [bundle.contexts(tap, start, end) for bundle, start, end in chunk]
+        joined = np.concatenate(contexts) if len(contexts) > 1 else contexts[0]
+        found, first = symbol_of(reader.read(joined, table)), 0
+        for bundle, start, end in chunk:
+            part = found[first : first + end - start]
+            count = int(np.count_nonzero(part == ESCAPE))
+            bundle.fill(tap, start, part, _next(escapes, at, count))
+            first, at = first + part.size, at + count
+    return at
 
 
 def _read_heads(
@@ -138,6 +162,6 @@ def _chunks(bundles: list[tuple[Bundle, int]], step: int) -> Iterator[list[tuple
 
 
 def _next(escapes: np.ndarray, at: int, count: int) -> np.ndarray:
-    if at + count > escapes.size:
-        raise FormatError("coded section: a value outside its table is missing; the file is corrupt")
-    return escapes[at : at + count]
+    """The next escapes; zeros where they are used up, so that a call ends before that is an error."""
+    found = escapes[at : at + count]
+    return found if found.size == count else np.append(found, np.zeros(count - found.size, np.int32))
