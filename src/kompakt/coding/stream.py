@@ -98,7 +98,7 @@ def compiled_loops() -> ModuleType | None:
     """``kompakt.coding.compiled``, or None where there is no numba or no place for what it compiles."""
     try:
         return import_module("kompakt.coding.compiled")
-    except (ImportError, RuntimeError):
+    except (ImportError, OSError, RuntimeError):
         return None
 
 
