@@ -19,8 +19,8 @@ from kompakt.coding.kernels import (
     split_fraction,
     tap_weights,
 )
-from kompakt.coding.models import CLASSES, ESCAPE, FRACTIONS, ZERO, frequencies, parametric_table
-from kompakt.coding.rans import decoding_table
+from kompakt.coding.models import ESCAPE, FRACTIONS, ZERO, frequencies, parametric_split, parametric_table
+from kompakt.coding.rans import SplitTable, decoding_table
 from kompakt.coding.tablesets import BINS, TableSet
 from kompakt.errors import FormatError
 
@@ -65,9 +65,19 @@ class Tables:
 
     def decoding(self, stored: bool) -> np.ndarray:
         """The decoding table of all stored or of all parametric contexts."""
-        if not stored:
-            return parametric_table(self.shape, self.bits)
+        return self._stored if stored else parametric_table(self.shape, self.bits)
+
+    def split(self, stored: bool) -> SplitTable:
+        """``decoding`` for compiled loops."""
+        return self._stored_split if stored else parametric_split(self.shape, self.bits)
+
+    @cached_property
+    def _stored(self) -> np.ndarray:
         return np.concatenate([decoding_table(found.frequencies) for found in self.sets])
+
+    @cached_property
+    def _stored_split(self) -> SplitTable:
+        return SplitTable.of(np.concatenate([found.frequencies for found in self.sets]))
 
 
 class Flat(NamedTuple):
