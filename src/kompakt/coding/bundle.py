@@ -21,7 +21,7 @@ from kompakt.coding.kernels import (
 )
 from kompakt.coding.models import ESCAPE, FRACTIONS, ZERO, frequencies, parametric_split, parametric_table
 from kompakt.coding.rans import SplitTable, decoding_table
-from kompakt.coding.tablesets import BINS, TableSet
+from kompakt.coding.tablesets import TableSet
 from kompakt.errors import FormatError
 
 
@@ -134,7 +134,7 @@ class Bundle:
         self.values = np.zeros((self.taps, self.size), np.float32)
         self.heads = np.full(self.size, self.taps if self.sparse else 0, np.uint8)
         self._weights = [(part, m.weights) for part, m in zip(slices, models, strict=True) if m.weights is not None]
-        self._reaches = [reach(weights) for _, weights in self._weights]
+        self._reach = reach(np.concatenate([weights for _, weights in self._weights])) if self._weights else 0
         self._factors = [(p, m.scales.taps) for p, m in zip(slices, models, strict=True) if m.scales.taps is not None]
         self._classes = np.concatenate([m.scales.kernel_classes(x) for m, x in zip(models, layouts, strict=True)])
         self._active: np.ndarray | None = None
@@ -188,10 +188,10 @@ class Bundle:
             FormatError: they are not, so another machine would read something else.
         """
         row = self.values[tap]
-        if not self._weights or is_exact(row, max(self._reaches)):
+        if not self._weights or is_exact(row, self._reach):
             return
-        for (part, _), most in zip(self._weights, self._reaches, strict=True):
-            if not is_exact(row[part], most):
+        for part, weights in self._weights:
+            if not is_exact(row[part], reach(weights)):
                 raise FormatError("coded section: values too large for an exact prediction; the file is corrupt")
 
     @cached_property

@@ -43,6 +43,16 @@ class Stream(NamedTuple):
     places: np.ndarray
 
 
+INTS, BYTES, WIDE = types.int64[::1], types.uint8[::1], types.uint64[::1]
+CONTEXTS = types.uint32[::1]
+FLOATS = types.float32
+FLAT = types.NamedTuple(
+    (FLOATS[:, ::1], BYTES, types.int16[::1], INTS, types.int64[:, ::1], FLOATS[:, :, ::1], INTS, INTS, types.int64),
+    Flat,
+)
+STREAM = types.NamedTuple((BYTES, WIDE, types.int64, WIDE, WIDE, INTS), Stream)
+
+
 def _stream(tables: Tables, stored: bool, reader: Reader) -> Stream:
     table, places = tables.split(stored), np.array([reader.at, 0])
     states, words = reader.states.view(np.uint64), reader.words.view(np.uint64)
@@ -75,16 +85,6 @@ def read_call(tap: int, live: list[Bundle], tables: Tables, reader: Reader, esca
     return at
 
 
-INTS, BYTES, WIDE = types.int64[::1], types.uint8[::1], types.uint64[::1]
-CONTEXTS = types.uint32[::1]
-FLOATS = types.float32
-FLAT = types.NamedTuple(
-    (FLOATS[:, ::1], BYTES, types.int16[::1], INTS, types.int64[:, ::1], FLOATS[:, :, ::1], INTS, INTS, types.int64),
-    Flat,
-)
-STREAM = types.NamedTuple((BYTES, WIDE, types.int64, WIDE, WIDE, INTS), Stream)
-
-
 @njit
 def _predict(flat: Flat, tap: int, part: int, first: int, found: np.ndarray) -> None:
     """Predictions in eighths; all sums are exact, for ``Bundle.check`` has seen the taps before."""
@@ -99,7 +99,9 @@ def _predict(flat: Flat, tap: int, part: int, first: int, found: np.ndarray) -> 
 
 
 @njit
-def _parametric(classes, factor, predicted, total, contexts, sides):  # type: ignore[no-untyped-def]
+def _parametric(
+    classes: np.ndarray, factor: int, predicted: np.ndarray, total: int, contexts: np.ndarray, sides: np.ndarray
+) -> None:
     """Contexts shifted by the table bits, and the nearest integers of predictions."""
     for i in range(contexts.size):
         cls = min(max(np.int32(classes[i] + factor), np.int32(0)), np.int32(LAST_CLASS))
@@ -110,7 +112,15 @@ def _parametric(classes, factor, predicted, total, contexts, sides):  # type: ig
 
 
 @njit
-def _stored(flat, classes, factor, predicted, total, contexts, sides):  # type: ignore[no-untyped-def]
+def _stored(
+    flat: Flat,
+    classes: np.ndarray,
+    factor: int,
+    predicted: np.ndarray,
+    total: int,
+    contexts: np.ndarray,
+    sides: np.ndarray,
+) -> None:
     """Contexts shifted by the table bits, and the signs of predictions."""
     for i in range(contexts.size):
         cls = min(max(classes[i] + factor, 0), LAST_CLASS)
@@ -120,7 +130,7 @@ def _stored(flat, classes, factor, predicted, total, contexts, sides):  # type: 
 
 
 @njit
-def _keep(flat, tap, first, total, contexts, kept):  # type: ignore[no-untyped-def]
+def _keep(flat: Flat, tap: int, first: int, total: int, contexts: np.ndarray, kept: np.ndarray) -> int:
     """Move the contexts of values that have a symbol to the front; note where those values stand."""
     count = 0
     for i in range(contexts.size):
@@ -133,7 +143,7 @@ def _keep(flat, tap, first, total, contexts, kept):  # type: ignore[no-untyped-d
 
 
 @njit
-def _refill(states, words, at, bits):  # type: ignore[no-untyped-def]
+def _refill(states: np.ndarray, words: np.ndarray, at: int, bits: np.uint64) -> int:
     """Give each lane below its range a word; return how many are used, at most one a lane too many."""
     floor, place = np.uint64(1) << bits + bits, np.uint64(at)
     for lane in range(states.size):
@@ -171,7 +181,21 @@ def _pop(stream: Stream, contexts: np.ndarray, found: np.ndarray) -> bool:
 
 
 @njit
-def _escape(row, kept, found, escapes, at):  # type: ignore[no-untyped-def]
+def _store(flat: Flat, found: np.ndarray, sides: np.ndarray, kept: np.ndarray, row: np.ndarray) -> None:
+    """Values of symbols; what stands where one escaped is replaced."""
+    if flat.heads.size:
+        for i in range(found.size):
+            row[kept[i]] = (np.float32(found[i]) - ZERO) * sides[kept[i]]
+    elif flat.by_bin.size:
+        for i in range(found.size):
+            row[i] = (np.float32(found[i]) - ZERO) * sides[i]
+    else:
+        for i in range(found.size):
+            row[i] = np.float32(found[i]) - ZERO + sides[i]
+
+
+@njit
+def _escape(row: np.ndarray, kept: np.ndarray, found: np.ndarray, escapes: np.ndarray, at: int) -> int:
     """Put the escaped values in their places; return how many are used, those that are missing among them."""
     for first in range(0, found.size, FEW):
         few = found[first : first + FEW]
@@ -205,15 +229,7 @@ def _read_tap(flat: Flat, tap: int, stream: Stream, escapes: np.ndarray, at: int
                 used = _keep(flat, tap, first, total, contexts[:count], kept)
             if not _pop(stream, contexts[:used], found[:used]):
                 return -1
-            if flat.heads.size:
-                for i in range(used):
-                    row[kept[i]] = (np.float32(found[i]) - ZERO) * sides[kept[i]]
-            elif flat.by_bin.size:
-                for i in range(count):
-                    row[i] = (np.float32(found[i]) - ZERO) * sides[i]
-            else:
-                for i in range(count):
-                    row[i] = np.float32(found[i]) - ZERO + sides[i]
+            _store(flat, found[:used], sides, kept, row)
             at = _escape(row, kept, found[:used], escapes, at)
         begin = flat.ends[part]
     return at

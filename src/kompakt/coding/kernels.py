@@ -6,6 +6,7 @@ row, one a column and one a tap. FORMAT.md §6.1 is the specification.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 
 import numpy as np
@@ -55,6 +56,14 @@ def layout_of(shape: tuple[int, ...], *, flat: bool = False, grouped: bool = Fal
 def weight_rows(taps: int) -> list[int]:
     """How many prediction weights each stored row has: one row a tap, or one for all beyond 9 taps."""
     return [min(tap, WINDOW) for tap in range(1, taps)] if taps <= WINDOW else [WINDOW]
+
+
+@cache
+def weight_mask(taps: int) -> np.ndarray:
+    """Where ``weight_rows`` has weights, bool [rows, 9]."""
+    mask = np.arange(WINDOW) < np.array(weight_rows(taps))[:, None]
+    mask.flags.writeable = False
+    return mask
 
 
 def tap_weights(weights: np.ndarray, taps: int) -> list[np.ndarray]:
