@@ -151,7 +151,7 @@ def _refill(states: np.ndarray, words: np.ndarray, at: int, bits: np.uint64) -> 
         filled = x << WORD | words[place]
         states[lane] = filled if x < floor else x
         place += np.uint64(x < floor)
-    return np.int64(place)
+    return int(place)
 
 
 @njit(types.boolean(STREAM, CONTEXTS, BYTES), cache=True, nogil=True)
