@@ -56,10 +56,11 @@ Compression: `python -m examples.deep_compression`.
   intervals where both cells say which images were right.
 - Decoding 10 times as fast as NNCodec. In numpy (the table above) it is 1.3–1.4 times on ResNet-20, and 2.1 times on
   ResNet-18 (27 ns a weight at 3.1 bits; NNCodec 56 ns at 1.7). In compiled code (`kompakt[fast]`), on one busy
-  machine, in turn, best of seven: ResNet-18 5.9–7.0 times (8–9 ns a weight); ResNet-20's integers, 2.7 bits, 6.0–6.7
-  times NNCodec's speed at qp −26; a packed ONNX of it, 2 bits, 3.8–4.7 times, on one step a tensor and NNCodec's qp −26, not at equal accuracy. ResNet-18 spends a bit over
-  half in the loops, a third on the coder itself. A small file spends a sixth to a quarter in the loops; the rest is
-  its index, headers and arrays, in Python. See [the decision](decisions/0007-compiled-decoding.md).
+  machine, in turn, best of seven, beside NNCodec at qp −26 and not at equal accuracy: 5.9–7.0 times on ResNet-18's
+  integers (one step a tensor, 8–9 ns a weight), 6.0–6.7 times on ResNet-20's (2.7 bits), 3.8–4.7 times on a packed
+  ONNX of it (2 bits). ResNet-18 spends a bit over half in the loops, a third on the coder itself. A small file spends
+  a sixth to a quarter in the loops; the rest is its index, headers and arrays, in Python. See
+  [the decision](decisions/0007-compiled-decoding.md).
 - ResNet-32 ≤ 39 kB, ResNet-20 ≤ 23 kB, ResNet-18 ≤ 300 kB by training: not trained yet. `python -m benchmarks.size
   --networks resnet20 --rate 1e-6 --epochs 8` does, and adds its cell to the table.
 - LeNet-300-100 ≥ 100 times and LeNet-5 ≥ 200 times smaller at ≤ 0.1 points: with one seed and 6 epochs for rate
