@@ -23,6 +23,7 @@ from kompakt.artifact.container import Reader, Writer
 from kompakt.coding import huffman
 from kompakt.coding.block import encode_block
 from kompakt.coding.options import Integers
+from kompakt.coding.stream import compiled_loops
 from kompakt.coding.unblock import Spec, decode_block
 from kompakt.spec import PerChannel, QuantSpec
 
@@ -216,6 +217,7 @@ def main() -> None:
             tensors = quantized(network, bits)
             count = sum(tensor.size for tensor in tensors)
             row = {"network": network, "bits": bits, "weights": count, "entropy": entropy_bits(tensors) / count}
+            row["compiled"] = compiled_loops() is not None
             row |= {name: measure(coder, tensors, arguments.runs) for name, coder in chosen.items()}
             cells = [f"{row[n]['bits']:.3f}, {row[n]['encode_ns']:.0f}, {row[n]['decode_ns']:.0f}" for n in chosen]
             print(f"| {network} | {bits} | {row['entropy']:.3f} | " + " | ".join(cells) + " |", flush=True)

@@ -35,6 +35,7 @@ from kompakt.artifact.container import Reader
 from kompakt.artifact.kpk_onnx import pack_onnx
 from kompakt.artifact.splice import unpack_file
 from kompakt.artifact.targets import target
+from kompakt.coding.stream import compiled_loops
 from kompakt.data import Data, open_data
 from kompakt.graph.fold import fold
 from kompakt.graph.trace import trace
@@ -103,6 +104,7 @@ def ours(job: Job, source: Any, trade: float, folder: Path) -> dict[str, Any]:
         "choose_s": choosing,
         "encode_s": fastest(lambda: pack_onnx(made, folder / "ours.kpk")),
         "decode_s": fastest(lambda: codes(folder / "ours.kpk")),
+        "compiled": compiled_loops() is not None,
         **scores(job, folder / "back.onnx"),
     }
 
@@ -121,6 +123,7 @@ def trained(job: Job, rate: float, epochs: int, folder: Path) -> dict[str, Any]:
         "choose_s": training,
         "encode_s": fastest(lambda: pack_onnx(path, folder / "trained.kpk")),
         "decode_s": fastest(lambda: codes(folder / "trained.kpk")),
+        "compiled": compiled_loops() is not None,
         **scores(job, folder / "back.onnx"),
     }
 

@@ -54,13 +54,13 @@ Compression: `python -m examples.deep_compression`.
   (ResNet-20). Its two most accurate files have none: smaller prices than 1.5e-8 were not measured, nor were qp −22 and
   −20, ResNet-32, ResNet-18 and paired intervals; `python -m benchmarks.size` measures what is missing, and adds the
   intervals where both cells say which images were right.
-- Decoding 10 times as fast as NNCodec. Small networks: 1.3–1.4 times on ResNet-20 above, and less than NNCodec's speed
-  at 3 bits a weight (`python -m benchmarks.coding`). A file of 90 kB can pay for 128 lanes, and at 128 lanes the seven
-  array operations of a symbol cost their call, about 0.7 µs each, and hardly their work. ResNet-18 (11.2 M weights, of
-  3.1 bits, about 1000 lanes): 26 ns a weight, 39 M a second, where NNCodec takes 46 ns at 1.4 bits, on one busy
-  machine, in turn. A little over half of it is the coder, a quarter contexts and prediction. Ten times as fast
-  would be 5 ns a weight, a few passes over the array: that needs several weights a symbol or compiled code, and was not
-  tried.
+- Decoding 10 times as fast as NNCodec. In numpy (the table above) it is 1.3–1.4 times on ResNet-20, and 2.1 times on
+  ResNet-18 (27 ns a weight at 3.1 bits; NNCodec 56 ns at 1.7). In compiled code (`kompakt[fast]`), on one busy
+  machine, in turn, best of seven, beside NNCodec at qp −26 and not at equal accuracy: 5.9–7.0 times on ResNet-18's
+  integers (one step a tensor, 8–9 ns a weight), 6.0–6.7 times on ResNet-20's (2.7 bits), 3.8–4.7 times on a packed
+  ONNX of it (2 bits). ResNet-18 spends a bit over half in the loops, a third on the coder itself. A small file spends
+  a sixth to a quarter in the loops; the rest is its index, headers and arrays, in Python. See
+  [the decision](decisions/0007-compiled-decoding.md).
 - ResNet-32 ≤ 39 kB, ResNet-20 ≤ 23 kB, ResNet-18 ≤ 300 kB by training: not trained yet. `python -m benchmarks.size
   --networks resnet20 --rate 1e-6 --epochs 8` does, and adds its cell to the table.
 - LeNet-300-100 ≥ 100 times and LeNet-5 ≥ 200 times smaller at ≤ 0.1 points: with one seed and 6 epochs for rate
@@ -98,7 +98,7 @@ def _section(name: str, cells: list[dict[str, Any]]) -> str:
         rows.append(
             f"| {cell['codec']}{epochs} | {cell['at']:g} | {cell['bytes']:,} | {first['bytes'] / cell['bytes']:.1f} "
             f"| {cell['test']:.2f} | {drops[0]:+.2f} | {drops[1]:+.2f} "
-            f"| {cell['encode_s']:.3f} | {cell['decode_s']:.4f} |"
+            f"| {cell['encode_s']:.3f} | {cell['decode_s']:.4f}{', compiled' if cell.get('compiled') else ''} |"
         )
     return "\n".join([*rows, "", *_verdicts(cells)])
 

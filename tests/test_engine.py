@@ -435,3 +435,17 @@ def journal(out: Path) -> optuna.Study:
 def test_picking_from_a_folder_without_a_search_says_what_is_expected(tmp_path):
     with pytest.raises(InputError, match="holds no candidates; expected the folder of kompakt compress --effort"):
         pick_command(tmp_path)
+
+
+def test_what_the_time_does_not_suffice_for_is_left_out_and_the_cheap_goes_on(net, tmp_path: Path, monkeypatch) -> None:
+    seen: list[Choice] = []
+    monkeypatch.setattr(module.Effort, "suffices", lambda self, job, choice, base, tried: not choice.epochs)
+    monkeypatch.setattr(
+        module, "verify", lambda job, original, number, choice: seen.append(choice) or tried(number, 0.0)
+    )
+    monkeypatch.setattr(module, "all_tried", lambda out: [tried(number, 0.0) for number in range(len(seen))])
+    monkeypatch.setattr(module, "shipped", lambda *given: None)
+    recipe = Recipe(budget=BudgetSection(max_drop=1.0), finetune=FinetuneSection(epochs=1))
+    explore(job(net, tmp_path, recipe=recipe), Asked(candidates=12))
+    assert len(seen) == 12
+    assert {choice.epochs for choice in seen} == {0}

@@ -129,7 +129,7 @@ def read_record(cursor: Cursor) -> Record:
         FormatError: the name, a kind, a dtype or a shape is not allowed.
     """
     name = cursor.text(MOST_NAME, "a name")
-    if not name or any(ord(letter) < 32 for letter in name):
+    if not name or min(name) < " ":
         raise FormatError(f"{cursor.where}: a record's name is empty or has control characters; the file is corrupt")
     kind = cursor.u8(SPARSE, f"{name}: the kind")
     spec, has_zero_point = _read_spec(cursor) if kind == UNIFORM else (None, False)

@@ -1,14 +1,26 @@
 """Coded members side by side, and the context of each of their values. FORMAT.md §6 is the specification."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
 from kompakt.coding.header import Coded
-from kompakt.coding.kernels import Layout, bounded, eighths, is_exact, layout_of, split_fraction, tap_weights
-from kompakt.coding.models import ESCAPE, FRACTIONS, ZERO, frequencies, parametric_table
-from kompakt.coding.rans import decoding_table
+from kompakt.coding.kernels import (
+    WINDOW,
+    Layout,
+    bounded,
+    eighths,
+    is_exact,
+    layout_of,
+    reach,
+    split_fraction,
+    tap_weights,
+)
+from kompakt.coding.models import ESCAPE, FRACTIONS, ZERO, frequencies, parametric_split, parametric_table
+from kompakt.coding.rans import SplitTable, decoding_table
 from kompakt.coding.tablesets import TableSet
 from kompakt.errors import FormatError
 
@@ -53,9 +65,45 @@ class Tables:
 
     def decoding(self, stored: bool) -> np.ndarray:
         """The decoding table of all stored or of all parametric contexts."""
-        if not stored:
-            return parametric_table(self.shape, self.bits)
+        return self._stored if stored else parametric_table(self.shape, self.bits)
+
+    def split(self, stored: bool) -> SplitTable:
+        """``decoding`` for compiled loops."""
+        return self._stored_split if stored else parametric_split(self.shape, self.bits)
+
+    @cached_property
+    def _stored(self) -> np.ndarray:
         return np.concatenate([decoding_table(found.frequencies) for found in self.sets])
+
+    @cached_property
+    def _stored_split(self) -> SplitTable:
+        return SplitTable.of(np.concatenate([found.frequencies for found in self.sets]))
+
+
+class Flat(NamedTuple):
+    """A bundle as arrays alone, for compiled loops; without a table set ``by_class`` and ``by_bin`` are empty.
+
+    Args:
+        values: float32 [K, N].
+        heads: first nonzero taps of kernels, uint8 [N]; empty where the bundle is not sparse.
+        classes: their scale classes without tap factors, unbounded, int16 [N].
+        ends: where the kernels of each member end, int64 [P].
+        factors: tap factors, int64 [P, K].
+        weights: prediction weights, nearest tap first, float32 [P, K − 1 or 1, 9].
+        by_class: the context of each scale class where nothing is predicted, int64 [37].
+        by_bin: what the prediction's magnitude adds to it, int64 [65].
+        head_context: the context of the first nonzero values of kernels.
+    """
+
+    values: np.ndarray
+    heads: np.ndarray
+    classes: np.ndarray
+    ends: np.ndarray
+    factors: np.ndarray
+    weights: np.ndarray
+    by_class: np.ndarray
+    by_bin: np.ndarray
+    head_context: int
 
 
 class Bundle:
@@ -71,7 +119,7 @@ class Bundle:
     """
 
     def __init__(self, members: list[tuple[int, Member]], tables: Tables, unit: int) -> None:
-        models = [member.model for _, member in members]
+        self._models = models = [member.model for _, member in members]
         layouts = [member.layout for _, member in members]
         self.taps = layouts[0].taps
         self.stored = models[0].stored
@@ -86,7 +134,7 @@ class Bundle:
         self.values = np.zeros((self.taps, self.size), np.float32)
         self.heads = np.full(self.size, self.taps if self.sparse else 0, np.uint8)
         self._weights = [(part, m.weights) for part, m in zip(slices, models, strict=True) if m.weights is not None]
-        self._rows = [(part, tap_weights(weights, self.taps)) for part, weights in self._weights]
+        self._reach = reach(np.concatenate([weights for _, weights in self._weights])) if self._weights else 0
         self._factors = [(p, m.scales.taps) for p, m in zip(slices, models, strict=True) if m.scales.taps is not None]
         self._classes = np.concatenate([m.scales.kernel_classes(x) for m, x in zip(models, layouts, strict=True)])
         self._active: np.ndarray | None = None
@@ -133,15 +181,41 @@ class Bundle:
         places = slice(start, start + found.size)
         self.values[tap, places if self._active is None else self._active[places]] = values
 
-    def check(self) -> None:
-        """Check that predictions were exact.
+    def check(self, tap: int) -> None:
+        """Check that predictions from the values of a tap are exact.
 
         Raises:
-            FormatError: they were not, so another machine would read something else.
+            FormatError: they are not, so another machine would read something else.
         """
+        row = self.values[tap]
+        if not self._weights or is_exact(row, self._reach):
+            return
         for part, weights in self._weights:
-            if not is_exact(self.values[:, part], weights):
+            if not is_exact(row[part], reach(weights)):
                 raise FormatError("coded section: values too large for an exact prediction; the file is corrupt")
+
+    @cached_property
+    def flat(self) -> Flat:
+        """The bundle for compiled loops; ``values`` is shared, and so are ``heads`` once they are read."""
+        parts = len(self.parts)
+        factors = np.zeros((parts, self.taps), np.int64)
+        weights = np.zeros((parts, max(1, self.taps - 1 if self.taps <= WINDOW else 1), WINDOW), np.float32)
+        for place, model in enumerate(self._models):
+            if model.scales.taps is not None:
+                factors[place] = model.scales.taps
+            if model.weights is not None:
+                weights[place, : len(model.weights)] = model.weights
+        ends = np.array([part.stop for _, part in self.parts], np.int64)
+        heads = self.heads if self.sparse else np.zeros(0, np.uint8)
+        by_class, by_bin = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        if self._set is not None:
+            by_class, by_bin = self._set.by_class(), self._set.by_bin()
+        head_context = self._set.head_context if self._set is not None else 0
+        return Flat(self.values, heads, self._classes, ends, factors, weights, by_class, by_bin, head_context)
+
+    @cached_property
+    def _rows(self) -> list[tuple[slice, list[np.ndarray]]]:
+        return [(part, tap_weights(weights, self.taps)) for part, weights in self._weights]
 
     def _tap_classes(self, tap: int, places: slice | np.ndarray) -> np.ndarray:
         classes = self._classes[places]
@@ -152,19 +226,14 @@ class Bundle:
         return bounded(classes)
 
     def _predict(self, tap: int, places: slice | np.ndarray) -> np.ndarray | None:
-        if tap == 0 or not self._rows:
+        if tap == 0 or not self._weights:
             return None
         count = places.stop - places.start if isinstance(places, slice) else places.size
         products = np.zeros(count, np.float32)
         for part, weights in self._rows:
             row, inside = weights[tap - 1], _inside(part, places)
             if inside.start < inside.stop:
-                first = places.start if isinstance(places, slice) else 0
-                where = (
-                    places[inside]
-                    if not isinstance(places, slice)
-                    else slice(first + inside.start, first + inside.stop)
-                )
+                where = _narrowed(places, inside)
                 np.matmul(row, self.values[tap - row.size : tap, where], out=products[inside])
         return eighths(products)
 

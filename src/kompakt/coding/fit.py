@@ -12,6 +12,7 @@ from kompakt.coding.kernels import (
     bounded,
     eighths,
     is_exact,
+    reach,
     split_fraction,
     tap_weights,
     weight_rows,
@@ -92,7 +93,7 @@ def start(values: np.ndarray, layout: Layout) -> tuple[Start, ...]:
     if layout.taps == 1:
         return (plain,)
     weights = _prediction(values, layout)
-    if not weights.any() or not is_exact(values, weights):
+    if not weights.any() or not is_exact(values, reach(weights)):
         return (plain,)
     return plain, _start(values, layout, weights)
 

@@ -6,6 +6,7 @@ row, one a column and one a tap. FORMAT.md §6.1 is the specification.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 
 import numpy as np
@@ -57,6 +58,14 @@ def weight_rows(taps: int) -> list[int]:
     return [min(tap, WINDOW) for tap in range(1, taps)] if taps <= WINDOW else [WINDOW]
 
 
+@cache
+def weight_mask(taps: int) -> np.ndarray:
+    """Where ``weight_rows`` has weights, bool [rows, 9]."""
+    mask = np.arange(WINDOW) < np.array(weight_rows(taps))[:, None]
+    mask.flags.writeable = False
+    return mask
+
+
 def tap_weights(weights: np.ndarray, taps: int) -> list[np.ndarray]:
     """For each tap but the first, its weights in the order of the taps that they multiply, float32.
 
@@ -78,10 +87,14 @@ def eighths(products: np.ndarray) -> np.ndarray:
     return found
 
 
-def is_exact(values: np.ndarray, weights: np.ndarray) -> bool:
-    """Whether the prediction is exact in 32-bit floats for these values."""
-    largest = float(max(values.max(initial=0), -values.min(initial=0)))
-    return largest * int(np.abs(weights.astype(np.int64)).sum(axis=1).max(initial=0)) < EXACT
+def reach(weights: np.ndarray) -> int:
+    """How far a prediction may lie from the largest value that it is made of, in units of 1/64."""
+    return int(np.abs(weights.astype(np.int64)).sum(axis=1).max(initial=0))
+
+
+def is_exact(values: np.ndarray, most: int) -> bool:
+    """Whether predictions from these values, under weights of this reach, are exact in 32-bit floats."""
+    return float(max(values.max(initial=0), -values.min(initial=0))) * most < EXACT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,9 +132,13 @@ def to_taps(values: np.ndarray, layout: Layout) -> np.ndarray:
     return values.reshape(layout.kernels, layout.taps).T
 
 
-def from_taps(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Undo ``to_taps``."""
-    return values.T.reshape(shape)
+def from_taps(values: np.ndarray, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Undo ``to_taps``, into an array of this dtype."""
+    found = np.empty((values.shape[1], len(values)), dtype)
+    # Tap by tap is twice as fast as the transposed copy of a tall array.
+    for tap, row in enumerate(values):
+        found[:, tap] = row
+    return found.reshape(shape)
 
 
 def split_fraction(predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -47,6 +47,26 @@ def decoding_table(frequencies: np.ndarray) -> np.ndarray:
     return np.repeat(counts, counts) | symbols << 16 | offsets << 24
 
 
+@dataclass(frozen=True)
+class SplitTable:
+    """A decoding table for compiled loops: an eighth of the memory, so that it stays in the cache.
+
+    Args:
+        symbols: for every slot of every context its symbol, uint8 [contexts · M].
+        steps: for every symbol of every context its frequency, and its start above bit 16, uint64 [contexts · 256].
+    """
+
+    symbols: np.ndarray
+    steps: np.ndarray
+
+    @staticmethod
+    def of(frequencies: np.ndarray) -> "SplitTable":
+        """The table of frequencies [contexts, 256]; each row sums to M, none equals M."""
+        starts = np.cumsum(frequencies, axis=1) - frequencies
+        symbols = np.repeat(np.tile(np.arange(256, dtype=np.uint8), len(frequencies)), frequencies.reshape(-1))
+        return SplitTable(symbols, (frequencies | starts << 16).reshape(-1).astype(np.uint64))
+
+
 def symbol_of(entries: np.ndarray) -> np.ndarray:
     """The symbols, uint8, of table entries as ``Reader.read`` returns them."""
     return (entries >> 16).astype(np.uint8)
@@ -88,12 +108,13 @@ class Reader:
     """
 
     def __init__(self, cursor: Cursor, bits: int) -> None:
-        self._bits = bits
+        self.bits = bits
         lanes = 1 << cursor.u8(MOST_LANES_LOG, "the number of lanes")
-        count = cursor.varint(cursor.left // 4, "the number of words")
-        self._states = _read_states(cursor, lanes, bits)
-        self._words = np.frombuffer(cursor.take(4 * count), "<u4").astype(np.int64)
-        self._at = 0
+        self._count = cursor.varint(cursor.left // 4, "the number of words")
+        self.states = _read_states(cursor, lanes, bits)
+        # Zeros behind the words: compiled code may read one word for each lane before it looks where it is.
+        self.words = np.append(np.frombuffer(cursor.take(4 * self._count), "<u4"), np.zeros(lanes, np.int64))
+        self.at = 0
         self._scratch = np.empty(lanes, np.int64)
         self._hungry = np.empty(lanes, bool)
         # A Python number costs a microsecond in each operation, an array of no dimensions does not.
@@ -104,7 +125,15 @@ class Reader:
     @property
     def round(self) -> int:
         """Symbols of a whole round; a call may be read in parts of whole rounds."""
-        return 2 * self._states.size
+        return 2 * self.states.size
+
+    def refill(self, lanes: int) -> None:
+        """Give the first ``lanes`` states their words; ends a round.
+
+        Raises:
+            FormatError: the words are used up.
+        """
+        self._refill(self.states[:lanes], self._hungry[:lanes])
 
     def read(self, contexts: np.ndarray, table: np.ndarray) -> np.ndarray:
         """Pop one symbol for each context.
@@ -119,24 +148,23 @@ class Reader:
         Raises:
             FormatError: the words are used up.
         """
-        lanes = self._states.size
+        lanes = self.states.size
         if lanes <= FEW_TO_READ:
             return self._read_few(contexts, table)
         entries = np.empty(contexts.size, np.int64)
         whole = contexts.size // (2 * lanes) * 2 * lanes
         rounds = (-1, 2, lanes)
-        pops = (self._states, self._scratch, table.take)
+        pops = (self.states, self._scratch, table.take)
         for wanted, found in zip(contexts[:whole].reshape(rounds), entries[:whole].reshape(rounds), strict=True):
             self._pop(*pops, wanted[0], found[0])
             self._pop(*pops, wanted[1], found[1])
-            self._refill(self._states, self._hungry)
+            self.refill(lanes)
         for start in range(whole, contexts.size, lanes):
             end = min(start + lanes, contexts.size)
-            pops = (self._states[: end - start], self._scratch[: end - start], table.take)
+            pops = (self.states[: end - start], self._scratch[: end - start], table.take)
             self._pop(*pops, contexts[start:end], entries[start:end])
         if whole < contexts.size:
-            used = min(contexts.size - whole, lanes)
-            self._refill(self._states[:used], self._hungry[:used])
+            self.refill(min(contexts.size - whole, lanes))
         return entries
 
     def close(self) -> bytes:
@@ -145,23 +173,23 @@ class Reader:
         Raises:
             FormatError: words are left or a state is not where an encoder begins.
         """
-        low = 1 << 2 * self._bits
-        carried = self._states - low
-        if self._at != self._words.size or carried[0] != 0 or bool((carried >> 2 * self._bits).any()):
+        low = 1 << 2 * self.bits
+        carried = self.states - low
+        if self.at != self._count or carried[0] != 0 or bool((carried >> 2 * self.bits).any()):
             raise FormatError("coded section: the decoder does not end where an encoder begins; the file is corrupt")
-        return pack(carried[1:], 2 * self._bits)[: capacity(carried.size, self._bits)]
+        return pack(carried[1:], 2 * self.bits)[: capacity(carried.size, self.bits)]
 
     def _read_few(self, contexts: np.ndarray, table: np.ndarray) -> np.ndarray:
         # At most one word a lane and round is used.
-        most = -(-contexts.size // self.round) * self._states.size
-        left = self._words[self._at : self._at + most].tolist()
-        states, words = self._states.tolist(), iter(left)
+        most = -(-contexts.size // self.round) * self.states.size
+        left = self.words[self.at : min(self.at + most, self._count)].tolist()
+        states, words = self.states.tolist(), iter(left)
         try:
-            entries = pop_call(states, words, contexts, table, self._bits)
+            entries = pop_call(states, words, contexts, table, self.bits)
         except StopIteration:
-            raise FormatError("coded section: its words are used up; the file is cut or corrupt") from None
-        self._states[:] = states
-        self._at += len(left) - len(list(words))
+            raise used_up() from None
+        self.states[:] = states
+        self.at += len(left) - len(list(words))
         return entries
 
     def _pop(
@@ -179,11 +207,16 @@ class Reader:
     def _refill(self, states: np.ndarray, hungry: np.ndarray) -> None:
         np.less(states, self._floor, hungry)
         places = hungry.nonzero()[0]
-        end = self._at + places.size
-        if end > self._words.size:
-            raise FormatError("coded section: its words are used up; the file is cut or corrupt")
-        states[places] = np.left_shift(states[places], self._word) | self._words[self._at : end]
-        self._at = end
+        end = self.at + places.size
+        if end > self._count:
+            raise used_up()
+        states[places] = np.left_shift(states[places], self._word) | self.words[self.at : end]
+        self.at = end
+
+
+def used_up() -> FormatError:
+    """The error of a stream that has fewer words than its symbols take."""
+    return FormatError("coded section: its words are used up; the file is cut or corrupt")
 
 
 def _initial(lanes: int, bits: int, payload: bytes) -> np.ndarray:

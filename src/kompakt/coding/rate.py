@@ -51,7 +51,7 @@ class RateModel:
             table.take(cells * SYMBOLS + np.where((r < 0) | (r > ESCAPE), ESCAPE, r))
             for r in (residual + move for move in moves)
         ]
-        return np.stack([from_taps(price, self.shape) for price in prices])
+        return np.stack([from_taps(price, self.shape, price.dtype) for price in prices])
 
     def columns(self) -> "ColumnPrices":
         """The same prices for choosing values one column of ``[O, I · K]`` after the other."""

@@ -4,12 +4,11 @@ FORMAT.md §6.4, calls 1 and 2.
 """
 
 from dataclasses import replace
-from itertools import pairwise
 
 import numpy as np
 
 from kompakt.coding.bundle import Member
-from kompakt.coding.kernels import WINDOW, Scales, weight_rows
+from kompakt.coding.kernels import Scales, weight_mask, weight_rows
 from kompakt.coding.models import ESCAPE, ZERO
 from kompakt.coding.rans import Call, Reader, decoding_table, symbol_of
 from kompakt.errors import FormatError
@@ -43,16 +42,24 @@ def read_sides(
         weights: frequencies [256] of weights, likewise.
     """
     counts = [_factor_counts(member) for member in members]
-    flat = _read_side(reader, sum(sum(found) for found in counts), factors)
-    filled, at = [], 0
-    for member, (rows, columns, taps) in zip(members, counts, strict=True):
-        scales = member.model.scales
-        ends = np.cumsum([at, rows, columns, taps])
-        parts = [flat[a:b] if b > a else None for a, b in pairwise(ends)]
-        at = int(ends[-1])
-        found = Scales(base=scales.base, rows=parts[0], columns=parts[1], taps=parts[2])
-        filled.append(Member(member.layout, replace(member.model, scales=found)))
-    return _read_weights(filled, reader, weights)
+    masks = [weight_mask(m.layout.taps) if m.model.weights is not None else None for m in members]
+    factor_values = _read_side(reader, sum(sum(found) for found in counts), factors)
+    weight_values = _read_side(reader, sum(int(np.count_nonzero(mask)) for mask in masks if mask is not None), weights)
+    filled, at, used = [], 0, 0
+    for member, three, mask in zip(members, counts, masks, strict=True):
+        parts: list[np.ndarray | None] = []
+        for count in three:
+            parts.append(factor_values[at : at + count] if count else None)
+            at += count
+        scales = Scales(base=member.model.scales.base, rows=parts[0], columns=parts[1], taps=parts[2])
+        found = None
+        if mask is not None:
+            found = np.zeros(mask.shape, np.int64)
+            count = int(np.count_nonzero(mask))
+            found[mask] = weight_values[used : used + count]
+            used += count
+        filled.append(Member(member.layout, replace(member.model, scales=scales, weights=found)))
+    return filled
 
 
 def _factor_counts(member: Member) -> tuple[int, int, int]:
@@ -62,21 +69,6 @@ def _factor_counts(member: Member) -> tuple[int, int, int]:
         layout.inputs if scales.columns is not None else 0,
         layout.taps if scales.taps is not None else 0,
     )
-
-
-def _read_weights(members: list[Member], reader: Reader, table: np.ndarray | None) -> list[Member]:
-    counts = [weight_rows(m.layout.taps) if m.model.weights is not None else [] for m in members]
-    flat = _read_side(reader, sum(sum(found) for found in counts), table)
-    filled, at = [], 0
-    for member, rows in zip(members, counts, strict=True):
-        if member.model.weights is not None:
-            weights = np.zeros((len(rows), WINDOW), np.int64)
-            for index, count in enumerate(rows):
-                weights[index, :count] = flat[at : at + count]
-                at += count
-            member = Member(member.layout, replace(member.model, weights=weights))
-        filled.append(member)
-    return filled
 
 
 def _read_side(reader: Reader, count: int, table: np.ndarray | None) -> np.ndarray:

@@ -3,7 +3,11 @@
 FORMAT.md §6.4 gives their order.
 """
 
+import sys
 from collections.abc import Iterator
+from functools import cache
+from importlib import import_module
+from types import ModuleType
 
 import numpy as np
 
@@ -74,39 +78,73 @@ def decode_values(bundles: list[Bundle], tables: Tables, reader: Reader, escapes
     Raises:
         FormatError: the stream or the escapes do not fit.
     """
-    decoding = {stored: tables.decoding(stored) for stored in {bundle.stored for bundle in bundles}}
-    for bundle, heads in _read_heads([bundle for bundle in bundles if bundle.sparse], decoding, reader):
-        bundle.heads = heads
+    loops = compiled_loops() or sys.modules[__name__]
+    sparse = [bundle for bundle in bundles if bundle.sparse]
+    if sparse:
+        found = loops.read_symbols(np.concatenate([bundle.head_contexts() for bundle in sparse]), tables, reader)
+        _set_heads(sparse, found - np.uint8(ZERO))
     at = 0
-    for tap, stored, live in calls_of(bundles):
-        for chunk in _chunks([(bundle, bundle.begin(tap)) for bundle in live], reader.round):
-            contexts = [bundle.contexts(tap, start, end) for bundle, start, end in chunk]
-            joined = np.concatenate(contexts) if len(contexts) > 1 else contexts[0]
-            found, first = symbol_of(reader.read(joined, decoding[stored])), 0
-            for bundle, start, end in chunk:
-                part = found[first : first + end - start]
-                count = int(np.count_nonzero(part == ESCAPE))
-                bundle.fill(tap, start, part, _next(escapes, at, count))
-                first, at = first + part.size, at + count
-    if at != escapes.size:
+    for tap, _, live in calls_of(bundles):
+        at = loops.read_call(tap, live, tables, reader, escapes, at)
+        for bundle in live:
+            bundle.check(tap)
+    if at > escapes.size:
+        raise FormatError("coded section: a value outside its table is missing; the file is corrupt")
+    if at < escapes.size:
         raise FormatError("coded section: values are left over beside it; the file is corrupt")
-    for bundle in bundles:
-        bundle.check()
 
 
-def _read_heads(
-    bundles: list[Bundle], decoding: dict[bool, np.ndarray], reader: Reader
-) -> Iterator[tuple[Bundle, np.ndarray]]:
-    """The first nonzero tap of each kernel of the sparse bundles."""
-    if not bundles:
-        return
-    found = symbol_of(reader.read(np.concatenate([bundle.head_contexts() for bundle in bundles]), decoding[True]))
+@cache
+def compiled_loops() -> ModuleType | None:
+    """``kompakt.coding.compiled``, or None where there is no numba or no place for what it compiles."""
+    try:
+        return import_module("kompakt.coding.compiled")
+    except (ImportError, OSError, RuntimeError):
+        return None
+
+
+def read_symbols(contexts: np.ndarray, tables: Tables, reader: Reader) -> np.ndarray:
+    """One symbol, uint8, for each context of the stored tables; contexts are shifted left by the table bits."""
+    return symbol_of(reader.read(contexts, tables.decoding(True)))
+
+
+def read_call(tap: int, live: list[Bundle], tables: Tables, reader: Reader, escapes: np.ndarray, at: int) -> int:
+    """Fill a tap of bundles.
+
+    Args:
+        tap: the tap.
+        live: the bundles that have it, all with stored or all with parametric tables.
+        tables: the tables.
+        reader: the stream.
+        escapes: values outside of tables, int32.
+        at: how many of them are used.
+
+    Returns:
+        how many of them are used then, those that are missing among them.
+
+    Raises:
+        FormatError: the stream is used up.
+    """
+    table = tables.decoding(live[0].stored)
+    for chunk in _chunks([(bundle, bundle.begin(tap)) for bundle in live], reader.round):
+        contexts = [bundle.contexts(tap, start, end) for bundle, start, end in chunk]
+        joined = np.concatenate(contexts) if len(contexts) > 1 else contexts[0]
+        found, first = symbol_of(reader.read(joined, table)), 0
+        for bundle, start, end in chunk:
+            part = found[first : first + end - start]
+            count = int(np.count_nonzero(part == ESCAPE))
+            bundle.fill(tap, start, part, _next(escapes, at, count))
+            first, at = first + part.size, at + count
+    return at
+
+
+def _set_heads(bundles: list[Bundle], heads: np.ndarray) -> None:
+    """Hand the sparse bundles the first nonzero taps of their kernels."""
     start = 0
     for bundle in bundles:
-        heads = found[start : start + bundle.size] - np.uint8(ZERO)
-        if heads.size and int(heads.max()) > bundle.taps:
+        bundle.heads = heads[start : start + bundle.size]
+        if bundle.size and int(bundle.heads.max()) > bundle.taps:
             raise FormatError("coded section: a kernel begins after its last tap; the file is corrupt")
-        yield bundle, heads
         start += bundle.size
 
 
@@ -138,6 +176,6 @@ def _chunks(bundles: list[tuple[Bundle, int]], step: int) -> Iterator[list[tuple
 
 
 def _next(escapes: np.ndarray, at: int, count: int) -> np.ndarray:
-    if at + count > escapes.size:
-        raise FormatError("coded section: a value outside its table is missing; the file is corrupt")
-    return escapes[at : at + count]
+    """The next escapes; zeros where they are used up, so that a call ends before that is an error."""
+    found = escapes[at : at + count]
+    return found if found.size == count else np.append(found, np.zeros(count - found.size, np.int32))

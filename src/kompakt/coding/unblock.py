@@ -171,9 +171,9 @@ def _unmodel(high: np.ndarray, low: np.ndarray | None, entry: Coded, spec: Spec,
     """A coded member from its modelled values [K, N] and its low bits."""
     if low is None and entry.center == 0 and high.size:
         _check_range(int(high.min()), int(high.max()), spec, where)
-        return from_taps(high.astype(spec.dtype), spec.shape)
+        return from_taps(high, spec.shape, spec.dtype)
     wide = np.int64 if entry.shift > 8 or abs(entry.center) > 2**24 else np.int32
-    values = from_taps(high.astype(wide), spec.shape)
+    values = from_taps(high, spec.shape, np.dtype(wide))
     if low is not None:
         values <<= entry.shift
         values += low.reshape(spec.shape)

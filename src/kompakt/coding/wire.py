@@ -17,11 +17,12 @@ class Cursor:
         self.data = memoryview(data)
         self.where = where
         self.at = 0
+        self._end = len(self.data)
 
     @property
     def left(self) -> int:
         """Bytes not yet read."""
-        return len(self.data) - self.at
+        return self._end - self.at
 
     def take(self, count: int) -> memoryview:
         """Return the next ``count`` bytes.
@@ -29,14 +30,16 @@ class Cursor:
         Raises:
             FormatError: fewer are left.
         """
-        if not 0 <= count <= self.left:
+        end = self.at + count
+        if not self.at <= end <= self._end:
             raise FormatError(f"{self.where}: {count} bytes expected, {self.left} left; the file is cut or corrupt")
-        self.at += count
-        return self.data[self.at - count : self.at]
+        found = self.data[self.at : end]
+        self.at = end
+        return found
 
     def u8(self, most: int = 255, what: str = "a field") -> int:
         """Read a byte of at most ``most``."""
-        return self._bounded(self.take(1)[0], most, what)
+        return self._bounded(self._byte(), most, what)
 
     def fixed(self, size: int) -> int:
         """Read an unsigned little-endian number of ``size`` bytes."""
@@ -46,7 +49,7 @@ class Cursor:
         """Read an unsigned LEB128 number of at most ``most``."""
         value = 0
         for position in range(VARINT_BYTES):
-            byte = self.take(1)[0]
+            byte = self._byte()
             value |= (byte & 127) << (7 * position)
             if byte < 128:
                 return self._bounded(value, most, what)
@@ -75,6 +78,13 @@ class Cursor:
         """
         if self.left:
             raise FormatError(f"{self.where}: {self.left} bytes too many; the file is corrupt")
+
+    def _byte(self) -> int:
+        # Thousands of these make an index: a slice of one byte would take most of the time.
+        if self.at >= self._end:
+            self.take(1)
+        self.at += 1
+        return int(self.data[self.at - 1])
 
     def _bounded(self, value: int, most: int, what: str) -> int:
         if value > most:

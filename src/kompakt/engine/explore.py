@@ -105,12 +105,12 @@ class _Search:
         while True:
             tried = all_tried(self.job.out)
             drops = self.ledger.drops({item.number: self.limits.judged(item) for item in tried})
-            proposed = propose(drops, self.space)
+            proposed = self._affordable(drops, tried)
             ended = self._ended(tried, proposed)
             if ended:
                 return [ended]
             try:
-                reach = within_reach(drops, self.space)
+                reach = within_reach(drops, self._within_means(tried))
                 with self.ledger.taken(proposed, self.space, reach) as (trial, choice):
                     self.job.say(self._progress(trial.number, choice, tried))
                     folder = folder_of(self.job.out, trial.number)
@@ -120,6 +120,21 @@ class _Search:
             except KeyboardInterrupt:
                 return ["interrupted: the best so far is saved; the same command goes on"]
             self.effort.save(self.job)
+
+    def _affordable(self, drops: dict[Choice, float], tried: list[Tried]) -> Choice | None:
+        """Propose what comes next in the plan; what the time that is left does not suffice for counts as failed."""
+        known = dict(drops)
+        while (proposed := propose(known, self.space)) is not None:
+            if not tried or self.effort.suffices(self.job, proposed, self.job.recipe, tried):
+                break
+            known[proposed] = float("inf")
+        return proposed
+
+    def _within_means(self, tried: list[Tried]) -> Space:
+        """Return what a sampler may draw in the time that is left: training, or none."""
+        most = Choice(epochs=self.space.epochs)
+        can = not tried or self.effort.suffices(self.job, most, self.job.recipe, tried)
+        return self.space if can else replace(self.space, epochs=0)
 
     def _ended(self, tried: list[Tried], proposed: Choice | None) -> str:
         """Say why the search ends here; empty where it goes on."""
