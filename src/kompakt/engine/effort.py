@@ -20,7 +20,9 @@ SPENT = "spent"
 PROBES, PROBE_BATCH = 3, 128
 TEACHER_COST, KEPT_COST = 1.5, 1.1
 RESERVE = 1.5
-"""So many times the slowest untrained candidate's time is kept for making the one that ships again and measuring it."""
+RECENT = 4
+"""So many times an untrained candidate's time is kept for making the one that ships again and measuring it; so many
+candidates tell what one takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +72,8 @@ def begun(job: Job, minutes: float | None, started: float) -> Effort:
 
 
 def untrained_seconds(tried: list[Tried]) -> float:
-    """The time that a candidate takes without training: the longest so far."""
-    return max((item.seconds for item in tried if not item.epochs), default=0.0)
+    """The time that a candidate takes without training: the longest of the latest."""
+    return max([item.seconds for item in tried if not item.epochs][-RECENT:], default=0.0)
 
 
 def epoch_cost(job: Job, choose: bool) -> tuple[float, bool]:
