@@ -64,7 +64,7 @@ def test_the_plan_of_a_search_ends_and_finds_the_largest_factor(slope, bits, tau
     assert tried[0] == Choice()
     inside = [choice for choice in tried if truth(choice) <= 1]
     best = max(choice.fewer_macs for choice in inside)
-    assert truth(Choice(fewer_macs=min(space.most, 1.2 * best), epochs=3)) > 1 or best == space.most or taught == 0
+    assert truth(Choice(fewer_macs=min(space.most, 1.35 * best), epochs=3)) > 1 or best == space.most or taught == 0
     if objective == "latency":
         assert {choice.rate for choice in tried} == {0.0}
     trained = [choice.epochs > 0 for choice in tried]

@@ -16,7 +16,8 @@ from typing import Literal
 from kompakt.engine.choice import Choice
 
 Objective = Literal["size", "latency", "both"]
-STRIDE, CLOSE = 1.5, 1.15
+STRIDE, CLOSE, CLOSE_TRAINED = 1.5, 1.15, 1.3
+"""Factors of a climb: its step, and how near it comes to what breaks the budget, where a try is cheap or a training."""
 NATS, FIRST = (0.0027, 0.008, 0.016, 0.032, 0.08), 2
 """What a bit more or less of every weight may cost, in nats of divergence, and the place of what is tried first."""
 
@@ -117,8 +118,8 @@ def _search(drops: Mapping[Choice, float], space: Space) -> None:
 
     def climb(low: float, epochs: int) -> list[float]:
         """Find factors of multiplications that keep the budget, ascending, up to the largest; ``low`` does."""
-        kept, high = [low], None
-        while kept[-1] < space.most and (high is None or high / kept[-1] > CLOSE):
+        kept, high, close = [low], None, CLOSE_TRAINED if epochs else CLOSE
+        while kept[-1] < space.most and (high is None or high / kept[-1] > close):
             ratio = round(min(kept[-1] * STRIDE, space.most) if high is None else sqrt(kept[-1] * high), 2)
             if keeps(Choice(fewer_macs=ratio, epochs=epochs)):
                 kept.append(ratio)
