@@ -1,5 +1,6 @@
 """Laws of teachers and of the sections that train: who answers, what is kept, what a stopped run goes on from."""
 
+import errno
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -172,3 +173,13 @@ def test_a_cache_is_refused_where_every_image_is_new(data: Data, tmp_path: Path)
     given = job(data, tmp_path, DistillSection(cache=True))
     with pytest.raises(InputError, match="augment crop_and_flip makes every image new"):
         teachers(given, FinetuneSection(epochs=1, augment="crop_and_flip"), EXAMPLE)
+
+
+def test_a_folder_that_cannot_be_locked_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*given: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("kompakt.build.teacher_cache.fcntl.lockf", refused)
+    with pytest.raises(InputError, match="cannot be locked"):
+        TeacherCache(net(0), tmp_path, capacity=4)
+    assert [path.name for path in tmp_path.iterdir()] == ["part-0"]

@@ -1,5 +1,6 @@
 """A teacher's answers on disk, memory-mapped, for data that come again unchanged."""
 
+import errno
 import fcntl
 import json
 import os
@@ -18,6 +19,8 @@ from kompakt.errors import FormatError, InputError
 from kompakt.files import atomic_write, writable_folder
 
 DIGEST_BYTES = 16
+TAKEN = (errno.EAGAIN, errno.EACCES)
+"""What a lock says that another process holds."""
 
 
 class TeacherCache:
@@ -135,8 +138,12 @@ def _part(folder: Path) -> Path:
         handle = os.open(part / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
             os.close(handle)
+            if error.errno not in TAKEN:
+                raise InputError(
+                    f"{part}: cannot be locked ({error.strerror}); take a folder on a local disk"
+                ) from error
         else:
             return part
     raise AssertionError
