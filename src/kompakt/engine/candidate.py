@@ -16,6 +16,7 @@ from kompakt.files import atomic_write
 from kompakt.finish import PACKED
 from kompakt.job import Job
 from kompakt.measure.accuracy import Score
+from kompakt.measure.expected import Beliefs
 from kompakt.measure.latency import interleave
 from kompakt.measure.result import Tried
 from kompakt.search import make
@@ -26,10 +27,11 @@ TIMING_SECONDS = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class Original:
-    """What every candidate is judged against: the exported file and its score on the validation split."""
+    """What every candidate is judged against: the exported file, its score and its beliefs on the validation split."""
 
     path: Path
     score: Score
+    beliefs: Beliefs | None
     example: np.ndarray
 
 
@@ -54,7 +56,9 @@ def verify(job: Job, original: Original, number: int, choice: Choice) -> Tried:
     recipe = choice.recipe(job.recipe)
     one = replace(job, out=part, recipe=recipe, networks=job.out / NETWORKS, reference=original.score)
     chosen = make(one).chosen
-    drop = job.judge.drop(original.score, job.judge.score(chosen.path, job.data.validation))
+    score = job.judge.score(chosen.path, job.data.validation, keep=original.beliefs is not None)
+    drop = job.judge.drop(original.score, score)
+    expected = original.beliefs.expect(score.seen.outputs) if original.beliefs and score.seen else None
     packed = pack_onnx(chosen.path, part / PACKED)
     runs = {
         name: partial(job.target.open(path, job.threads), original.example)
@@ -68,6 +72,7 @@ def verify(job: Job, original: Original, number: int, choice: Choice) -> Tried:
         state="verified",
         drop_points=drop.points,
         drop_ci95=drop.ci95,
+        expected_points=expected,
         size_bytes=chosen.path.stat().st_size,
         packed_bytes=packed,
         latency_ratio=times.ratio,

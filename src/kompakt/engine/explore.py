@@ -16,6 +16,8 @@ from kompakt.errors import InputError, KompaktError
 from kompakt.graph.fold import fold
 from kompakt.graph.trace import trace
 from kompakt.job import Job
+from kompakt.measure.accuracy import top_1
+from kompakt.measure.expected import beliefs
 from kompakt.measure.latency import interleave
 from kompakt.measure.result import Result, Tried
 from kompakt.methods.blocks import residual_blocks
@@ -169,9 +171,9 @@ class _Search:
     def _progress(self, number: int, choice: Choice, tried: list[Tried]) -> str:
         best = choose(tried, self.limits, self.asked.objective)
         left = "" if self.asked.minutes is None else f"; {max(0.0, self.effort.left()) / 60:.1f} minutes left"
-        if best is None or best.drop_points is None:
+        if best is None or best.points is None:
             return f"candidate {number}: {choice}{left}"
-        so_far = f"{best.what}: {best.drop_points:.2f} points, {best.packed_bytes or 0:,} bytes"
+        so_far = f"{best.what}: {best.points:.2f} points, {best.packed_bytes or 0:,} bytes"
         return f"candidate {number}: {choice}; best so far {so_far}{left}"
 
 
@@ -182,7 +184,8 @@ def _original(job: Job) -> Original:
     if example is None:
         raise InputError("the training split gave no batch; expected at least one example")
     path = job.target.export(fold(trace(job.model, example)), job.out / f"baseline{job.target.suffix}", metadata={})
-    first, again = (job.judge.score(path, job.data.validation) for _ in range(2))
+    classifies = job.metric in (None, top_1)
+    first, again = (job.judge.score(path, job.data.validation, keep=classifies) for _ in range(2))
     if first.examples != again.examples:
         raise InputError(
             f"the validation data gave {first.examples} examples, then {again.examples}; they must be fixed"
@@ -191,7 +194,8 @@ def _original(job: Job) -> Original:
         raise InputError(
             f"the metric gave {first.accuracy:g}, then {again.accuracy:g} for the same model and data; it must be fixed"
         )
-    return Original(path=path, score=first, example=example[:1].numpy())
+    believed = beliefs(first.seen) if first.seen else None
+    return Original(path=path, score=replace(first, seen=None), beliefs=believed, example=example[:1].numpy())
 
 
 def _identity(job: Job, asked: Asked) -> dict[str, str]:

@@ -29,9 +29,9 @@ class Limits:
 
     def judged(self, found: Tried) -> float:
         """The drop that counts, in points; infinite where there is none."""
-        if found.drop_points is None or found.drop_ci95 is None:
+        if found.points is None or found.drop_ci95 is None:
             return float("inf")
-        return found.drop_ci95[1] if self.confident else found.drop_points
+        return max(found.drop_ci95[1], found.points) if self.confident else found.points
 
     def keeps(self, found: Tried) -> bool:
         """Whether a candidate keeps every limit."""
@@ -99,5 +99,5 @@ def _betters(other: Tried, item: Tried) -> bool:
 
 
 def _figures(item: Tried) -> tuple[float, float, float]:
-    drop = float("inf") if item.drop_points is None else item.drop_points
+    drop = float("inf") if item.points is None else item.points
     return drop, float(item.packed_bytes or 0), item.latency_ratio or 1.0

@@ -92,10 +92,10 @@ class Ledger:
         if found.state != "verified":
             self.study.tell(trial, state=TrialState.FAIL)
             return
-        assert found.drop_points is not None
+        assert found.points is not None
         assert found.packed_bytes is not None
         assert found.latency_ratio is not None
-        self.study.tell(trial, (found.drop_points, float(found.packed_bytes), found.latency_ratio))
+        self.study.tell(trial, (found.points, float(found.packed_bytes), found.latency_ratio))
 
 
 def open_ledger(out: Path, url: str | None, identity: dict[str, str], seed: int) -> Ledger:

@@ -21,16 +21,31 @@ Metric = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Outputs:
+    """What one model said of each example.
+
+    Args:
+        outputs: shape (n, …).
+        labels: shape (n, …).
+    """
+
+    outputs: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Score:
     """How well one model did on each example.
 
     Args:
         correct: shape (n,): boolean for right or wrong, float for a graded metric.
         labels: checksum of the labels, so that two scores can only be paired on the same examples.
+        seen: what it said, where that was to be kept.
     """
 
     correct: np.ndarray
     labels: str = ""
+    seen: Outputs | None = None
 
     def __post_init__(self) -> None:
         if self.correct.ndim != 1 or not len(self.correct):
@@ -69,6 +84,7 @@ def score(
     run: Callable[[np.ndarray], np.ndarray],
     batches: Iterable[tuple[np.ndarray, np.ndarray]],
     metric: Metric | None = None,
+    keep: bool = False,
 ) -> Score:
     """Run a model over labelled batches and score every example.
 
@@ -76,21 +92,29 @@ def score(
         run: maps a batch of inputs to its outputs, e.g. an ONNX Runtime session.
         batches: pairs of inputs (n, …) and labels (n, …).
         metric: maps outputs and labels to one value an example, shape (n,); ``top_1`` by default.
+        keep: the outputs too.
 
     Raises:
         InputError: there are no batches, or the metric does not give one value an example.
         ModelError: an output is NaN; the message names the batch.
     """
     measure = metric or top_1
-    values, digest = [], hashlib.sha256()
+    values, said, digest = [], [], hashlib.sha256()
     for index, (inputs, labels) in enumerate(batches):
         labels = np.asarray(labels)
         outputs = _finite(run(inputs), index)
         values.append(_per_example(measure(outputs, labels), len(labels), index))
         digest.update(_bytes(labels))
+        if keep:
+            said.append((outputs, labels))
     if not values:
         raise InputError("there is nothing to measure on: the data gave no batch")
-    return Score(correct=np.concatenate(values), labels=digest.hexdigest())
+    seen = (
+        Outputs(outputs=np.concatenate([o for o, _ in said]), labels=np.concatenate([y for _, y in said]))
+        if said
+        else None
+    )
+    return Score(correct=np.concatenate(values), labels=digest.hexdigest(), seen=seen)
 
 
 def interval(correct: np.ndarray, seed: int = 0) -> tuple[float, float]:

@@ -36,9 +36,11 @@ class Judge:
     seconds: float = 20.0
     seed: int = 0
 
-    def score(self, path: Path, split: Split, tick: Callable[[int], None] = lambda done: None) -> Score:
-        """Score the file at ``path`` on every example of ``split``."""
-        return score(self.target.open(path, self.threads), arrays(split, tick), self.metric)
+    def score(
+        self, path: Path, split: Split, tick: Callable[[int], None] = lambda done: None, keep: bool = False
+    ) -> Score:
+        """Score the file at ``path`` on every example of ``split``; ``keep`` its outputs too."""
+        return score(self.target.open(path, self.threads), arrays(split, tick), self.metric, keep)
 
     def times(self, paths: dict[str, Path], example: np.ndarray) -> dict[str, Times]:
         """Time files interleaved on one example; the first is the baseline."""

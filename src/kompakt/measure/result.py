@@ -121,7 +121,8 @@ class Parity(Record):
 class Tried(Record):
     """One candidate of a search, judged on the validation split; ``front`` where none is better in every way.
 
-    ``latency_ratio`` is its time to the original's, interleaved; ``seconds`` is what making and judging it took.
+    ``drop_points`` is counted, ``expected_points`` what the original's own probabilities say of it; ``latency_ratio``
+    is its time to the original's, interleaved; ``seconds`` is what making and judging it took.
     """
 
     number: int
@@ -130,6 +131,7 @@ class Tried(Record):
     state: Literal["verified", "failed"]
     drop_points: float | None = None
     drop_ci95: tuple[float, float] | None = None
+    expected_points: float | None = None
     size_bytes: int | None = None
     packed_bytes: int | None = None
     latency_ratio: float | None = None
@@ -138,6 +140,13 @@ class Tried(Record):
     note: str = ""
     front: bool = False
     chosen: bool = False
+
+    @property
+    def points(self) -> float | None:
+        """The drop that decides: the mean of what was counted and what was expected, where there are both."""
+        if self.drop_points is None or self.expected_points is None:
+            return self.drop_points
+        return (self.drop_points + self.expected_points) / 2
 
 
 class Result(Record):

@@ -95,7 +95,8 @@ def candidate_columns(result: Result) -> tuple[Column, ...]:
     return _present(
         _figures("#", found, lambda item: item.number, lambda number: f"{number:.0f}"),
         Column(title="Candidate", kind="name", cells=tuple(_text(item.what, _standing(item)) for item in found)),
-        _figures("Points\nlost", found, lambda item: item.drop_points, numbers.points_text),
+        _figures("Points lost,\ncounted", found, lambda item: item.drop_points, numbers.points_text),
+        _figures("Points lost,\nexpected", found, lambda item: item.expected_points, numbers.points_text),
         _figures("As\n.kpk", found, lambda item: item.packed_bytes, numbers.bytes_text, bar=True),
         _figures("File\nsize", found, lambda item: item.size_bytes, numbers.bytes_text),
         _figures("Time, of the\noriginal's", found, lambda item: item.latency_ratio, _plain, bar=True),

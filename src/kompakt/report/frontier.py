@@ -38,13 +38,13 @@ def candidate_table(candidates: tuple[Tried, ...]) -> Table:
 
 
 def _figures(item: Tried) -> tuple[str, str, str]:
-    drop = numbers.MISSING if item.drop_points is None else numbers.points_text(item.drop_points)
+    drop = numbers.MISSING if item.points is None else numbers.points_text(item.points)
     time = numbers.MISSING if item.latency_ratio is None else f"{item.latency_ratio:.2f}×"
     return drop, numbers.bytes_text(item.packed_bytes), time
 
 
 def _figure(result: Result, read: Callable[[Tried], float], title: str) -> Figure | None:
-    shown = [item for item in result.candidates if item.drop_points is not None]
+    shown = [item for item in result.candidates if item.points is not None]
     if not shown:
         return None
     layout = frame(HEIGHT, MARGIN)
@@ -61,7 +61,7 @@ def _figure(result: Result, read: Callable[[Tried], float], title: str) -> Figur
         "type": "scatter",
         "mode": "lines",
         "x": [read(item) for item in front],
-        "y": [item.drop_points for item in front],
+        "y": [item.points for item in front],
         "line": {"color": GREY, "width": 1, "shape": "hv"},
         "hoverinfo": "skip",
     }
@@ -69,7 +69,7 @@ def _figure(result: Result, read: Callable[[Tried], float], title: str) -> Figur
         "type": "scatter",
         "mode": "markers",
         "x": [read(item) for item in shown],
-        "y": [item.drop_points for item in shown],
+        "y": [item.points for item in shown],
         "marker": {
             "color": [BLUE if item.chosen or item.front else GREY for item in shown],
             "size": [14 if item.chosen else 8 for item in shown],
@@ -84,8 +84,8 @@ def _figure(result: Result, read: Callable[[Tried], float], title: str) -> Figur
 def _stairs(front: list[Tried], read: Callable[[Tried], float]) -> list[Tried]:
     """Keep of the front, in the order of one figure, those that lose less than all before them."""
     kept: list[Tried] = []
-    for item in sorted(front, key=lambda item: (read(item), item.drop_points or 0.0)):
-        if not kept or (item.drop_points or 0.0) < (kept[-1].drop_points or 0.0):
+    for item in sorted(front, key=lambda item: (read(item), item.points or 0.0)):
+        if not kept or (item.points or 0.0) < (kept[-1].points or 0.0):
             kept.append(item)
     return kept
 
