@@ -6,7 +6,9 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +29,7 @@ from kompakt.engine.candidate import all_tried, folder_of
 from kompakt.engine.choice import Choice
 from kompakt.engine.explore import Asked, explore
 from kompakt.engine.frontier import Limits, choose, fronted, one_point_more
-from kompakt.engine.ledger import choice_of, open_ledger
+from kompakt.engine.ledger import Ledger, choice_of, open_ledger
 from kompakt.engine.strategy import Space, propose, within_reach
 from kompakt.errors import BudgetError, InputError
 from kompakt.job import Job
@@ -412,6 +414,31 @@ def test_a_search_killed_at_any_moment_ends_with_the_same_artifact(searched, wei
     assert [(item.number, item.what, item.packed_bytes) for item in found] == [
         (item.number, item.what, item.packed_bytes) for item in result.candidates
     ]
+
+
+def test_who_looks_for_something_to_do_is_alone(tmp_path: Path) -> None:
+    """What another worker takes at the same time is another trial, of another choice."""
+    ledgers = [open_ledger(tmp_path, None, {}, 0) for _ in range(2)]
+    space = Space(max_drop=1.0)
+    taken: list[tuple[int, Choice]] = []
+    together = threading.Barrier(2)
+
+    def take(ledger: Ledger) -> None:
+        together.wait()
+        with ExitStack() as held:
+            with ledger.alone():
+                proposed = propose({Choice(): 0.0} | ledger.drops({}), space)
+                trial, choice = held.enter_context(ledger.taken(proposed, space))
+            taken.append((trial.number, choice))
+            together.wait()
+
+    threads = [threading.Thread(target=take, args=(ledger,)) for ledger in ledgers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert sorted(number for number, _ in taken) == [0, 1]
+    assert len({choice for _, choice in taken}) == 2
 
 
 def test_two_workers_share_a_study(weights, tmp_path: Path) -> None:

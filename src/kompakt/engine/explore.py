@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -105,15 +106,17 @@ class _Search:
     def run(self) -> list[str]:
         """Make candidates until the effort, their number or the ideas end; return what is to be told."""
         while True:
-            tried = all_tried(self.job.out)
-            drops = self.ledger.drops({item.number: self.limits.judged(item) for item in tried})
-            proposed = self._affordable(drops, tried)
-            ended = self._ended(tried, proposed)
-            if ended:
-                return [ended]
             try:
-                reach = within_reach(drops, self._within_means(tried))
-                with self.ledger.taken(proposed, self.space, reach) as (trial, choice):
+                with ExitStack() as held:
+                    with self.ledger.alone():
+                        tried = all_tried(self.job.out)
+                        drops = self.ledger.drops({item.number: self.limits.judged(item) for item in tried})
+                        proposed = self._affordable(drops, tried)
+                        ended = self._ended(tried, proposed)
+                        if ended:
+                            return [ended]
+                        reach = within_reach(drops, self._within_means(tried))
+                        trial, choice = held.enter_context(self.ledger.taken(proposed, self.space, reach))
                     self.job.say(self._progress(trial.number, choice, tried))
                     folder = folder_of(self.job.out, trial.number)
                     self.ledger.tell(trial, kept(folder) or self._attempt(trial.number, choice))
@@ -163,7 +166,7 @@ class _Search:
             note = (str(error).splitlines() or [type(error).__name__])[0]
         except OSError as error:
             raise InputError(
-                f"{self.job.out}: {error.strerror or error}; the same command goes on from here"
+                f"{error.filename or self.job.out}: {error.strerror or error}; the same command goes on from here"
             ) from error
         seconds = time.monotonic() - started
         return failed(self.job.out, number, choice, note, seconds)
