@@ -151,7 +151,7 @@ def choice_of(trial: FrozenTrial) -> Choice | None:
 
 def _suggest(trial: Trial, space: Space) -> Choice:
     """Read what a trial tries, or let the sampler draw it."""
-    rates = (0.0,) if space.objective == "latency" else (0.0, *space.rates)
+    rates = (0.0,) if space.objective == "latency" else (0.0, *sorted({*space.rates, *space.prices}))
     return Choice(
         fewer_macs=round(trial.suggest_float("fewer_macs", 1.0, space.most, step=0.01), 2),
         drop_blocks=trial.suggest_int("drop_blocks", 0, space.blocks),
