@@ -6,7 +6,9 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,8 +29,8 @@ from kompakt.engine.candidate import all_tried, folder_of
 from kompakt.engine.choice import Choice
 from kompakt.engine.explore import Asked, explore
 from kompakt.engine.frontier import Limits, choose, fronted, one_point_more
-from kompakt.engine.ledger import choice_of, open_ledger
-from kompakt.engine.strategy import Space, propose, within_reach
+from kompakt.engine.ledger import Ledger, choice_of, open_ledger
+from kompakt.engine.strategy import FIRST_PRICE, PRICES, Space, propose, rates_for, within_reach
 from kompakt.errors import BudgetError, InputError
 from kompakt.job import Job
 from kompakt.loaders import loader_split
@@ -64,11 +66,15 @@ def test_the_plan_of_a_search_ends_and_finds_the_largest_factor(slope, bits, tau
     assert tried[0] == Choice()
     inside = [choice for choice in tried if truth(choice) <= 1]
     best = max(choice.fewer_macs for choice in inside)
-    assert truth(Choice(fewer_macs=min(space.most, 1.35 * best), epochs=3)) > 1 or best == space.most or taught == 0
+    price = 0.0 if objective == "latency" else space.prices[FIRST_PRICE]
+    beyond = Choice(fewer_macs=min(space.most, 1.35 * best), epochs=3, rate=price)
+    assert truth(beyond) > 1 or best == space.most or taught == 0
     if objective == "latency":
         assert {choice.rate for choice in tried} == {0.0}
-    trained = [choice.epochs > 0 for choice in tried]
+    trained = [choice.epochs > 0 for choice in tried if choice.epochs or not choice.rate]
     assert trained == sorted(trained)  # what is cheap comes first
+    coded = [choice.rate > 0 and not choice.epochs for choice in tried]
+    assert coded == sorted(coded)  # and what was not trained is coded last
 
 
 def test_what_is_in_other_hands_is_not_proposed_again() -> None:
@@ -225,14 +231,16 @@ def test_the_same_search_again_makes_nothing_anew(searched, net, monkeypatch: py
     assert explore(job(net, out), THREE).candidates == result.candidates
 
 
-def test_networks_are_trained_once_for_all_their_bits(net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_is_trained_at_the_price_of_its_bits_and_made_once(
+    net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = Recipe(budget=BudgetSection(max_drop=30.0), quantize=QuantizeSection(calibration_examples=32))
-    plan = [Choice(fewer_macs=1.3, rate=rate, epochs=1) for rate in (0.0, 1.2e-7)]
-    monkeypatch.setattr(module, "rates_for", lambda weights: (1.2e-7,))
+    price = rates_for(sum(parameter.numel() for parameter in net.parameters()), PRICES)[-1]
+    plan = [Choice(fewer_macs=1.3, rate=rate, epochs=1) for rate in (0.0, price)]
     monkeypatch.setattr(module, "propose", lambda drops, space: next((c for c in plan if c not in drops), None))
     one = job(net, tmp_path, recipe=recipe.model_copy(update={"finetune": FinetuneSection(epochs=1, batch_size=50)}))
     result = explore(one, Asked(candidates=2))
-    assert len(list((tmp_path / "networks").glob("*/told.json"))) == 1
+    assert len(list((tmp_path / "networks").glob("*/told.json"))) == 2
     assert [item.epochs for item in result.candidates] == [1, 1]
     assert result.candidates[1].packed_bytes < result.candidates[0].packed_bytes
 
@@ -412,6 +420,31 @@ def test_a_search_killed_at_any_moment_ends_with_the_same_artifact(searched, wei
     assert [(item.number, item.what, item.packed_bytes) for item in found] == [
         (item.number, item.what, item.packed_bytes) for item in result.candidates
     ]
+
+
+def test_who_looks_for_something_to_do_is_alone(tmp_path: Path) -> None:
+    """What another worker takes at the same time is another trial, of another choice."""
+    ledgers = [open_ledger(tmp_path, None, {}, 0) for _ in range(2)]
+    space = Space(max_drop=1.0)
+    taken: list[tuple[int, Choice]] = []
+    together = threading.Barrier(2)
+
+    def take(ledger: Ledger) -> None:
+        together.wait()
+        with ExitStack() as held:
+            with ledger.alone():
+                proposed = propose({Choice(): 0.0} | ledger.drops({}), space)
+                trial, choice = held.enter_context(ledger.taken(proposed, space))
+            taken.append((trial.number, choice))
+            together.wait()
+
+    threads = [threading.Thread(target=take, args=(ledger,)) for ledger in ledgers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert sorted(number for number, _ in taken) == [0, 1]
+    assert len({choice for _, choice in taken}) == 2
 
 
 def test_two_workers_share_a_study(weights, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ class Choice:
     Args:
         fewer_macs: how many times fewer multiplications; 1 removes no channel.
         drop_blocks: residual blocks replaced by the identity.
-        rate: nats of divergence that a bit of the coded weights may cost; 0 rounds to nearest.
+        rate: nats that a bit of the coded weights may cost, of divergence where nothing is trained, else of the loss:
+            then the integers themselves are trained; 0 rounds to nearest.
         epochs: of training after pruning, the original as teacher.
     """
 
@@ -33,7 +34,8 @@ class Choice:
             parts.append(f"{self.drop_blocks} block{'s' if self.drop_blocks > 1 else ''} dropped")
         if self.epochs:
             parts.append(f"{self.epochs} epoch{'s' if self.epochs > 1 else ''}")
-        parts.append(f"integers at rate {self.rate:g}" if self.rate else "integers")
+        how = "trained" if self.epochs else "integers"
+        parts.append(f"{how} at rate {self.rate:g}" if self.rate else "integers")
         if self.step_back:
             parts.append("layers back to float")
         return ", ".join(parts)
@@ -52,11 +54,12 @@ class Choice:
             update |= {"max_latency_ms": None, "drop_blocks": self.drop_blocks, "rounds": 1}
             prune = section.model_copy(update=update)
         quantize = base.quantize or QuantizeSection()
-        if self.rate:
+        if self.rate and not self.epochs:
             quantize = quantize.model_copy(update={"rate": self.rate})
-        finetune: FinetuneSection = base.finetune.model_copy(
-            update={"epochs": self.epochs, "checkpoint": self.epochs > 0}
-        )
+        training: dict[str, object] = {"epochs": self.epochs, "checkpoint": self.epochs > 0}
+        if self.rate and self.epochs:
+            training["rate"] = self.rate
+        finetune: FinetuneSection = base.finetune.model_copy(update=training)
         budget = base.budget if self.step_back else BudgetSection()
         distill = base.distill
         if self.epochs and cached(base):

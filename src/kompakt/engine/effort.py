@@ -18,7 +18,7 @@ from kompakt.plan.recipe import Recipe
 
 SPENT = "spent"
 PROBES, PROBE_BATCH = 3, 128
-TEACHER_COST, KEPT_COST = 1.5, 1.1
+TEACHER_COST, KEPT_COST, PRICED_COST = 1.5, 1.1, 1.3
 RESERVE = 1.5
 RECENT = 4
 """So many times an untrained candidate's time is kept for making the one that ships again and measuring it; so many
@@ -54,7 +54,8 @@ class Effort:
         seconds = (1 + RESERVE) * untrained_seconds(tried)
         key = network_key(replace(job, recipe=choice.recipe(base)))
         if choice.epochs and not (job.out / NETWORKS / key / "told.json").exists():
-            seconds += choice.epochs * self.epoch_seconds / choice.fewer_macs
+            priced = PRICED_COST if choice.rate else 1.0
+            seconds += priced * choice.epochs * self.epoch_seconds / choice.fewer_macs
         return seconds <= self.left()
 
     def save(self, job: Job) -> None:

@@ -2,16 +2,17 @@
 
 import hashlib
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 
 from kompakt.engine.candidate import CANDIDATES, Original, all_tried, failed, folder_of, kept, verify
 from kompakt.engine.choice import Choice
-from kompakt.engine.effort import Effort, begun, epoch_cost
+from kompakt.engine.effort import PRICED_COST, Effort, begun, epoch_cost
 from kompakt.engine.frontier import Limits, choose
 from kompakt.engine.ledger import Ledger, open_ledger
 from kompakt.engine.shipping import shipped
-from kompakt.engine.strategy import Objective, Space, propose, rates_for, within_reach
+from kompakt.engine.strategy import Objective, Space, propose, within_reach
 from kompakt.errors import InputError, KompaktError
 from kompakt.graph.fold import fold
 from kompakt.graph.trace import trace
@@ -22,7 +23,7 @@ from kompakt.measure.latency import interleave
 from kompakt.measure.result import Result, Tried
 from kompakt.methods.blocks import residual_blocks
 
-TRAINED_SHARE, TRAINED, HALVED, MOST_EPOCHS = 0.6, 2, 2, 30
+TRAINED_SHARE, TRAINED, HALVED, MOST_EPOCHS = 0.7, 3, 2, 30
 """Of the effort, so much is for training, shared by about so many networks that cost half as much as the original."""
 
 
@@ -105,15 +106,17 @@ class _Search:
     def run(self) -> list[str]:
         """Make candidates until the effort, their number or the ideas end; return what is to be told."""
         while True:
-            tried = all_tried(self.job.out)
-            drops = self.ledger.drops({item.number: self.limits.judged(item) for item in tried})
-            proposed = self._affordable(drops, tried)
-            ended = self._ended(tried, proposed)
-            if ended:
-                return [ended]
             try:
-                reach = within_reach(drops, self._within_means(tried))
-                with self.ledger.taken(proposed, self.space, reach) as (trial, choice):
+                with ExitStack() as held:
+                    with self.ledger.alone():
+                        tried = all_tried(self.job.out)
+                        drops = self.ledger.drops({item.number: self.limits.judged(item) for item in tried})
+                        proposed = self._affordable(drops, tried)
+                        ended = self._ended(tried, proposed)
+                        if ended:
+                            return [ended]
+                        reach = within_reach(drops, self._within_means(tried))
+                        trial, choice = held.enter_context(self.ledger.taken(proposed, self.space, reach))
                     self.job.say(self._progress(trial.number, choice, tried))
                     folder = folder_of(self.job.out, trial.number)
                     self.ledger.tell(trial, kept(folder) or self._attempt(trial.number, choice))
@@ -163,7 +166,7 @@ class _Search:
             note = (str(error).splitlines() or [type(error).__name__])[0]
         except OSError as error:
             raise InputError(
-                f"{self.job.out}: {error.strerror or error}; the same command goes on from here"
+                f"{error.filename or self.job.out}: {error.strerror or error}; the same command goes on from here"
             ) from error
         seconds = time.monotonic() - started
         return failed(self.job.out, number, choice, note, seconds)
@@ -219,13 +222,15 @@ def _space(job: Job, asked: Asked, ledger: Ledger) -> tuple[Space, float]:
     """Decide what may be tried, and what an epoch costs, once for a study: whoever goes on with it must do the same."""
     known = ledger.study.user_attrs.get("space")
     if known is not None:
-        return Space(**known | {"rates": tuple(known["rates"])}), float(ledger.study.user_attrs["epoch_seconds"])
+        ladders = {name: tuple(known[name]) for name in ("rates", "prices")}
+        return Space(**known | ladders), float(ledger.study.user_attrs["epoch_seconds"])
     limit = job.recipe.budget.max_drop
     epochs = job.recipe.finetune.epochs
     job.say("timing a step of training")
     seconds, channels_last = epoch_cost(job, asked.minutes is not None)
     if not epochs and asked.minutes is not None:
-        affordable = asked.minutes * 60 * TRAINED_SHARE / (seconds / HALVED)
+        priced = 1.0 if asked.objective == "latency" else PRICED_COST
+        affordable = asked.minutes * 60 * TRAINED_SHARE / (priced * seconds / HALVED)
         epochs = max(int(affordable / TRAINED), int(affordable >= 1))
     example = next(iter(job.data.train.batches(2, limit=2)))[0]
     blocks = min(2, len(residual_blocks(trace(job.model, example).graph)))
@@ -235,8 +240,7 @@ def _space(job: Job, asked: Asked, ledger: Ledger) -> tuple[Space, float]:
         epochs=min(epochs, MOST_EPOCHS),
         blocks=blocks,
         channels_last=channels_last,
-        rates=rates_for(sum(parameter.numel() for parameter in job.model.parameters())),
-    )
+    ).fitted(sum(parameter.numel() for parameter in job.model.parameters()))
     ledger.study.set_user_attr("epoch_seconds", seconds)
     ledger.study.set_user_attr("space", vars(space))
     return space, seconds

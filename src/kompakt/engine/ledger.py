@@ -49,10 +49,19 @@ class Ledger:
         return found
 
     @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Let no other worker of this folder look for something to do: two would take the same trial."""
+        with (self.locks / "taking.lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    @contextmanager
     def taken(
         self, proposed: Choice | None, space: Space, reach: Space | None = None
     ) -> Iterator[tuple[Trial, Choice]]:
         """Take a trial that a dead worker left, else a new one: what is proposed, or what the sampler draws.
+
+        Where there are other workers, enter it under ``alone``.
 
         Args:
             proposed: by the plan of the search; None lets the sampler draw.
@@ -142,7 +151,7 @@ def choice_of(trial: FrozenTrial) -> Choice | None:
 
 def _suggest(trial: Trial, space: Space) -> Choice:
     """Read what a trial tries, or let the sampler draw it."""
-    rates = (0.0,) if space.objective == "latency" else (0.0, *space.rates)
+    rates = (0.0,) if space.objective == "latency" else (0.0, *sorted({*space.rates, *space.prices}))
     return Choice(
         fewer_macs=round(trial.suggest_float("fewer_macs", 1.0, space.most, step=0.01), 2),
         drop_blocks=trial.suggest_int("drop_blocks", 0, space.blocks),

@@ -3,10 +3,11 @@
 Cheap candidates come first: integers alone, then channels removed without training, then the same with training. How
 many multiplications go is climbed by factors until a candidate breaks the budget, then halved on a log scale. Rates
 are tried where a climb ends, from the rate that the last such network kept: a network of less use than the next one is
-not coded five times.
+not coded five times. Where training is affordable and size counts, networks are trained as the integers of the file,
+at a price of a bit; the price is moved where the climb ends, and what was not trained is coded last, as time is left.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
@@ -20,16 +21,18 @@ STRIDE, CLOSE, CLOSE_TRAINED = 1.5, 1.15, 1.3
 """Factors of a climb: its step, and how near it comes to what breaks the budget, where a try is cheap or a training."""
 NATS, FIRST = (0.0027, 0.008, 0.016, 0.032, 0.08), 2
 """What a bit more or less of every weight may cost, in nats of divergence, and the place of what is tried first."""
+PRICES, FIRST_PRICE = (0.0135, 0.027, 0.054, 0.108), 1
+"""The same for weights that are trained at the price."""
 
 
-def rates_for(weights: int) -> tuple[float, ...]:
+def rates_for(weights: int, nats: tuple[float, ...] = NATS) -> tuple[float, ...]:
     """Return what a single bit may cost: a large network has many that are worth little each.
 
     Example:
         >>> rates_for(270_000)
         (1e-08, 3e-08, 5.9e-08, 1.2e-07, 3e-07)
     """
-    return tuple(float(f"{nats / max(weights, 1):.1e}") for nats in NATS)
+    return tuple(float(f"{each / max(weights, 1):.1e}") for each in nats)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,7 @@ class Space:
         blocks: residual blocks that may be dropped.
         channels_last: the layout that networks are trained in.
         rates: nats of divergence that a bit may cost, ascending.
+        prices: nats of the loss that a bit may cost in training, ascending.
     """
 
     objective: Objective = "both"
@@ -53,6 +57,11 @@ class Space:
     blocks: int = 0
     channels_last: bool = False
     rates: tuple[float, ...] = rates_for(270_000)
+    prices: tuple[float, ...] = rates_for(270_000, PRICES)
+
+    def fitted(self, weights: int) -> "Space":
+        """Return the space of a network with so many weights."""
+        return replace(self, rates=rates_for(weights), prices=rates_for(weights, PRICES))
 
 
 def within_reach(drops: Mapping[Choice, float], space: Space) -> Space:
@@ -106,40 +115,50 @@ def _search(drops: Mapping[Choice, float], space: Space) -> None:
             raise _Wanted(choice)
         return drops[choice] <= space.max_drop
 
-    def coded(choice: Choice, place: int) -> bool:
-        return keeps(replace(choice, rate=rates[place]))
+    sized = space.objective != "latency"
+    rates, prices = (space.rates, space.prices) if sized else ((), ())
+    price = prices[FIRST_PRICE] if prices else 0.0
 
-    rates = space.rates if space.objective != "latency" else ()
+    def coded(choice: Choice, ladder: Sequence[float], place: int) -> bool:
+        return keeps(replace(choice, rate=ladder[place]))
 
-    def narrow(choice: Choice, guess: int) -> int | None:
+    def narrow(choice: Choice, ladder: Sequence[float], guess: int) -> int | None:
         """Find the place of the greatest rate that keeps the budget, up or down from a guess."""
-        up = list(takewhile(partial(coded, choice), range(guess, len(rates))))
-        return up[-1] if up else next(filter(partial(coded, choice), reversed(range(min(guess, len(rates))))), None)
+        fits = partial(coded, choice, ladder)
+        up = list(takewhile(fits, range(guess, len(ladder))))
+        return up[-1] if up else next(filter(fits, reversed(range(min(guess, len(ladder))))), None)
 
-    def climb(low: float, epochs: int) -> list[float]:
+    def climb(low: Choice, close: float) -> list[Choice]:
         """Find factors of multiplications that keep the budget, ascending, up to the largest; ``low`` does."""
-        kept, high, close = [low], None, CLOSE_TRAINED if epochs else CLOSE
-        while kept[-1] < space.most and (high is None or high / kept[-1] > close):
-            ratio = round(min(kept[-1] * STRIDE, space.most) if high is None else sqrt(kept[-1] * high), 2)
-            if keeps(Choice(fewer_macs=ratio, epochs=epochs)):
-                kept.append(ratio)
+        kept, high = [low], None
+        while (last := kept[-1].fewer_macs) < space.most and (high is None or high / last > close):
+            ratio = round(min(last * STRIDE, space.most) if high is None else sqrt(last * high), 2)
+            if keeps(replace(low, fewer_macs=ratio)):
+                kept.append(replace(low, fewer_macs=ratio))
             else:
                 high = ratio
         return kept
 
-    def largest(kept: list[float], epochs: int, guess: int) -> int:
-        """Narrow the largest network that leaves room for it; return the place of its rate, else the guess."""
-        places = (narrow(Choice(fewer_macs=ratio, epochs=epochs), guess) for ratio in reversed(kept))
-        return next((place for place in places if place is not None), guess)
-
-    first = narrow(Choice(), FIRST) if keeps(Choice()) else None
-    free = climb(1.0, 0)
-    guess = largest(free[1:], 0, FIRST if first is None else first)
-    if space.epochs:
-        trained = climb(free[-1], space.epochs)
-        guess = largest(trained[1:], space.epochs, guess)
+    def taught(low: float) -> None:
+        """Train: the network that was free without, at a price; then smaller ones; then at other prices."""
+        start = Choice(fewer_macs=low, epochs=space.epochs, rate=price)
+        if sized and not keeps(start):
+            narrow(start, prices[:FIRST_PRICE], FIRST_PRICE)
+            return
+        best = climb(start, CLOSE_TRAINED)[-1]
+        place = narrow(best, prices, FIRST_PRICE) if sized else None
+        best = best if place is None else replace(best, rate=prices[place])
         for blocks in range(1, space.blocks + 1):
-            choice = Choice(fewer_macs=trained[-1], drop_blocks=blocks, epochs=space.epochs)
-            if not keeps(choice):
+            if not keeps(replace(best, drop_blocks=blocks)):
                 break
-            narrow(choice, guess)
+
+    whole = keeps(Choice())
+    free = climb(Choice(), CLOSE)
+    if space.epochs:
+        taught(free[-1].fewer_macs)
+    guess = FIRST
+    for choice in ([Choice()] if whole else []) + free[:0:-1]:
+        place = narrow(choice, rates, guess)
+        if place is not None and choice != Choice():
+            break
+        guess = guess if place is None else place
