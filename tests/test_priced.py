@@ -194,3 +194,16 @@ def test_a_recipe_says_what_a_bit_is_worth() -> None:
     for text in ("[finetune]\nrate = 0", "[qat]\nrate = 1e-6"):
         with pytest.raises(InputError, match="rate"):
             Recipe.from_toml(text)
+
+
+def test_weights_are_trained_in_any_layout() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Conv2d(6, 5, 3))
+    starts = {f"{place}.weight": Start(weight=model[place].weight.detach().clone(), steps=torch.full((rows,), 0.01))
+              for place, rows in ((0, 6), (1, 5))}  # fmt: skip
+    attach(model, starts)
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected, bits = model(x), priced_bits(1.0)(model)
+    model = model.to(memory_format=torch.channels_last)
+    refit(model, 0)
+    assert torch.allclose(model(x.contiguous(memory_format=torch.channels_last)), expected, atol=1e-5)
+    assert torch.allclose(priced_bits(1.0)(model), bits)

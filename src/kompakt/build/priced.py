@@ -30,23 +30,27 @@ class Priced(nn.Module):
     def __init__(self, steps: Tensor, shape: torch.Size) -> None:
         super().__init__()
         self.register_buffer("steps", steps.reshape(-1, *(1,) * (len(shape) - 1)))
-        self.register_buffer("slopes", torch.zeros(SLOPES, *shape))
+        # Not five dimensions: a network that is laid out channels last takes those for images of videos.
+        self.register_buffer("slopes", torch.zeros(SLOPES, shape.numel()))
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight on its grid."""
-        return self.steps * priced_round(weight / self.steps, self.slopes, MOST)
+        return self.steps * priced_round(weight / self.steps, self._slopes(weight), MOST)
 
     def bits(self, weight: Tensor) -> Tensor:
         """Return the bits that the weight takes beyond an empty one, scalar."""
-        return priced(weight / self.steps, self.slopes).sum()
+        return priced(weight / self.steps, self._slopes(weight)).sum()
 
     @torch.no_grad()
     def refit(self, weight: Tensor) -> None:
         """Fit the coder's model to the integers as they are now."""
-        q = priced_round(weight / self.steps, self.slopes, MOST).cpu().numpy().astype(np.int8)
+        q = priced_round(weight / self.steps, self._slopes(weight), MOST).cpu().numpy().astype(np.int8)
         model = rate_model(q)
         prices = model.bits(np.zeros_like(q), tuple(range(SLOPES + 1)))
-        self.slopes.copy_(torch.from_numpy(np.diff(prices, axis=0)).clamp(min=0))
+        self.slopes.copy_(torch.from_numpy(np.diff(prices, axis=0)).clamp(min=0).flatten(1))
+
+    def _slopes(self, weight: Tensor) -> Tensor:
+        return self.slopes.view(SLOPES, *weight.shape)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,7 @@ class Rules:
         pools: ops that average, with an integer kernel.
         clamps: ops that follow a layer and become part of its output's clamp.
         one_grid: joins and pools whose kernel wants inputs and output on the same grid.
+        sums_in_layer: whether a sum is made inside the convolution before it, which is not rounded on its own.
     """
 
     target: str
@@ -42,6 +43,7 @@ class Rules:
     pools: frozenset[str] = frozenset({"adaptive_avg_pool2d", "avg_pool2d", "mean"})
     clamps: frozenset[str] = frozenset({"relu", "relu6", "hardtanh"})
     one_grid: frozenset[str] = frozenset()
+    sums_in_layer: bool = False
 
 
 ONNXRUNTIME = Rules(
@@ -101,12 +103,23 @@ def placed(graph: Graph, rules: Rules, keep: frozenset[str] = frozenset()) -> di
                 marked.add(clamped(graph, rules, op).name)
         elif op.name in wanted and (op.kind in rules.joins or _pools(graph, rules, op)):
             marked.update((*data_inputs(graph, op), clamped(graph, rules, op).name))
+            marked -= _summed(graph, rules, op, layers)
     sites = _with_sources(graph, marked)
     for one, other in _ties(graph, rules, sites):
         owner, goal = range_owner(sites, one), range_owner(sites, other)
         if owner != goal:
             sites[owner] = goal
     return sites
+
+
+def _summed(graph: Graph, rules: Rules, op: Op, layers: set[str]) -> set[str]:
+    """The convolution in whose kernel a sum is made: the last that it reads, where nothing else reads it."""
+    inputs = data_inputs(graph, op)
+    if not rules.sums_in_layer or op.kind != "add" or len(set(inputs)) < 2:
+        return set()
+    last = next(each.name for each in reversed(graph.ops) if each.name in inputs)
+    alone = len(graph.users[last]) == 1 and last not in graph.outputs
+    return {last} if last in layers and graph.by_name[last].kind == "conv2d" and alone else set()
 
 
 def pooled(graph: Graph, rules: Rules, sites: Mapping[str, str | None]) -> dict[str, str]:

@@ -17,8 +17,9 @@ from kompakt.errors import FormatError
 from kompakt.graph.trace import Capture
 from kompakt.plan.rules import ONNXRUNTIME
 
-RULES = replace(ONNXRUNTIME, target="openvino", weight_depthwise=ONNXRUNTIME.weight)
-"""As ONNX Runtime: u8·s8 pairs are summed in int16 without VNNI; depthwise kernels are held free of it too."""
+RULES = replace(ONNXRUNTIME, target="openvino", weight_depthwise=ONNXRUNTIME.weight, sums_in_layer=True)
+"""As ONNX Runtime: u8·s8 pairs are summed in int16 without VNNI; depthwise kernels are held free of it too. A residual
+sum is made in the convolution's kernel: a quantizer between the two would be dropped there."""
 
 SNIPPET = """\
 import numpy as np
