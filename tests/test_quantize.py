@@ -91,6 +91,19 @@ def test_a_residual_sum_gets_integers_on_both_inputs_and_its_output() -> None:
     assert "add" not in sites, "the sum is rounded once, behind its ReLU"
 
 
+def test_a_sum_made_inside_a_convolution_is_rounded_once() -> None:
+    capture, stats = prepared(residual(), images(4))
+    rules = replace(ONNXRUNTIME, sums_in_layer=True)
+    add = next(op for op in capture.graph.ops if op.kind == "add")
+    first, last = (name for name in placed(capture.graph, ONNXRUNTIME) if name in add.refs)
+    sites = placed(capture.graph, rules)
+    assert first in sites
+    assert last not in sites
+    assert set(placed(capture.graph, ONNXRUNTIME)) - set(sites) == {last}
+    plan, _ = uniform(capture.graph, rules)
+    assert last not in quantizers(quantize(capture, plan, stats).module)
+
+
 def test_an_op_that_only_moves_values_shares_the_grid_of_its_source() -> None:
     x = images(8)
     capture, stats = prepared(residual(), x)
