@@ -4,8 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 FUZZ_SECONDS ?= 60
+EXTRAS ?= openvino executorch litert fpga
 
-.PHONY: demo test check fuzz wheel clean
+.PHONY: demo test check fuzz targets wheel clean
 
 demo: $(VENV)/.stamp-run
 	$(BIN)/kompakt demo
@@ -24,6 +25,21 @@ fuzz: $(VENV)/.stamp-dev
 	-$(BIN)/python -m pip install --quiet --only-binary :all: atheris
 	$(BIN)/python -m tests.fuzz.fuzz_kpk $(FUZZ_SECONDS)
 
+# Every target's runtime in an environment of its own, which sees what $(VENV) has and adds its extra.
+targets: $(EXTRAS:%=target-%)
+
+target-%: $(VENV)-%/.stamp
+	$(VENV)-$*/bin/python -m pytest -n $(JOBS) tests/test_targets.py tests/test_fpga.py
+
+$(VENV)-%/.stamp: pyproject.toml | $(VENV)/.stamp-dev
+	$(PYTHON) -m venv $(VENV)-$*
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  > $$($(VENV)-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
+	$(VENV)-$*/bin/python -m pip install --quiet --editable '.[$*]'
+	touch $@
+
+.PRECIOUS: $(VENV)-%/.stamp
+
 wheel: $(VENV)/.stamp-dev
 	$(BIN)/python -m build --wheel --outdir dist
 
@@ -40,4 +56,4 @@ $(VENV)/.stamp-dev: pyproject.toml constraints.txt | $(BIN)/python
 	touch $@ $(VENV)/.stamp-run
 
 clean:
-	rm -rf $(VENV) dist kompakt-demo
+	rm -rf $(VENV) $(EXTRAS:%=$(VENV)-%) dist kompakt-demo
