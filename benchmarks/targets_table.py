@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.targets_subjects import KNOWN
+from kompakt.artifact.targets import TARGETS
 from kompakt.report.numbers import bytes_text, ms_text, share_text
 
 BEGIN, END = "<!-- begin: python -m benchmarks.targets -->", "<!-- end -->"
@@ -41,7 +42,8 @@ def _rows(name: str, lines: list[Line]) -> list[str]:
         for row in line.get("result", []) if line["key"]["step"] == "bench" else []:
             measured[row["runtime"], Path(row["file"]).parent.name.split("-")[1]] = row
     found = []
-    for line in lines:
+    order = list(TARGETS)
+    for line in sorted(lines, key=lambda line: order.index(line["key"]["runtime"]) if "runtime" in line["key"] else -1):
         if line["key"]["step"] != "export":
             continue
         key = (line["key"]["runtime"], line["key"]["bits"])

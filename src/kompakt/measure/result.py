@@ -143,10 +143,10 @@ class Tried(Record):
 
     @property
     def points(self) -> float | None:
-        """The drop that decides: the mean of what was counted and what was expected, where there are both."""
+        """The drop that decides: the larger of what was counted and what was expected, where there are both."""
         if self.drop_points is None or self.expected_points is None:
             return self.drop_points
-        return (self.drop_points + self.expected_points) / 2
+        return max(self.drop_points, self.expected_points)
 
 
 class Result(Record):
