@@ -110,12 +110,15 @@ POINTS = [tried(0, 0.0), tried(1, 0.5, 50, 0.8), tried(2, 0.9, 20, 0.9), tried(3
           tried(5, 0.95, 60, 0.95)]  # fmt: skip
 
 
-def test_what_decides_is_the_larger_of_what_was_counted_and_what_was_expected() -> None:
+def test_what_decides_is_what_was_counted_and_what_was_expected() -> None:
     found = tried(0, 0.4)
     assert found.points == Limits().judged(found) == 0.4
     believed = found.model_copy(update={"expected_points": 1.5})
     assert believed.points == Limits().judged(believed) == Limits(confident=True).judged(believed) == 1.5
     assert not Limits(max_drop=1.0).keeps(believed)
+    taught = believed.model_copy(update={"epochs": 2})  # it knows what the original does not
+    assert taught.points == pytest.approx(0.95)
+    assert Limits(max_drop=1.0).keeps(taught)
     assert Limits(confident=True).judged(found) == 0.5
 
 

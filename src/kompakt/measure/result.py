@@ -143,10 +143,11 @@ class Tried(Record):
 
     @property
     def points(self) -> float | None:
-        """The drop that decides: the larger of what was counted and what was expected, where there are both."""
+        """The drop that decides: of what was counted and what was expected the larger, the mean for a trained network."""
         if self.drop_points is None or self.expected_points is None:
             return self.drop_points
-        return max(self.drop_points, self.expected_points)
+        both = (self.drop_points, self.expected_points)
+        return sum(both) / 2 if self.epochs else max(both)
 
 
 class Result(Record):
