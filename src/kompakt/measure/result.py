@@ -143,7 +143,7 @@ class Tried(Record):
 
     @property
     def points(self) -> float | None:
-        """The drop that decides: of what was counted and what was expected the larger, the mean for a trained network."""
+        """The drop that decides: the larger of counted and expected, the mean of both for a trained network."""
         if self.drop_points is None or self.expected_points is None:
             return self.drop_points
         both = (self.drop_points, self.expected_points)
