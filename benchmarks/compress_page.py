@@ -119,10 +119,11 @@ def _search(made: list[dict[str, Any]], name: str) -> list[str]:
             "",
             f"![points lost against bytes and time](compress-{name}.svg)",
             "",
-            "Judged on the validation split; ★ ships, ● is bettered by none.",
+            "Judged on the validation split: points lost as counted, and as the original's probabilities expect; ★ ships, "
+            "● is bettered by none.",
             "",
-            "| candidate | what | drop, points | bytes as `.kpk` | time, of fp32 | seconds |",
-            "| --- | --- | --- | --- | --- | --- |",
+            "| candidate | what | counted | expected | bytes as `.kpk` | time, of fp32 | seconds |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
             *map(_candidate, cell["candidates"]),
             "",
             *(f"- {escape(text, quote=False)}" for text in cell["decisions"]),
@@ -134,11 +135,11 @@ def _search(made: list[dict[str, Any]], name: str) -> list[str]:
 def _candidate(item: dict[str, Any]) -> str:
     mark = " ★" if item["chosen"] else " ●" if item["front"] else ""
     if item["state"] != "verified":
-        return (
-            f"| {item['number']} | {item['what']}: {escape(item['note'], quote=False)} | | | | {item['seconds']:.0f} |"
-        )
+        return f"| {item['number']} | {item['what']}: {escape(item['note'], quote=False)} | | | | | {item['seconds']:.0f} |"
+    expected = item.get("expected_points")
+    believed = "–" if expected is None else f"{expected:.2f}"
     return (
-        f"| {item['number']}{mark} | {item['what']} | {item['drop_points']:.2f} | {item['packed_bytes']:,} | "
+        f"| {item['number']}{mark} | {item['what']} | {item['drop_points']:.2f} | {believed} | {item['packed_bytes']:,} | "
         f"{item['latency_ratio']:.2f} | {item['seconds']:.0f} |"
     )
 
