@@ -119,8 +119,8 @@ def _search(made: list[dict[str, Any]], name: str) -> list[str]:
             "",
             f"![points lost against bytes and time](compress-{name}.svg)",
             "",
-            "Judged on the validation split: points lost as counted, and as the original's probabilities expect; ★ ships, "
-            "● is bettered by none.",
+            "Points lost on the validation split, as counted and as the original's probabilities expect; ★ ships, ● is",
+            "bettered by none.",
             "",
             "| candidate | what | counted | expected | bytes as `.kpk` | time, of fp32 | seconds |",
             "| --- | --- | --- | --- | --- | --- | --- |",
@@ -135,12 +135,13 @@ def _search(made: list[dict[str, Any]], name: str) -> list[str]:
 def _candidate(item: dict[str, Any]) -> str:
     mark = " ★" if item["chosen"] else " ●" if item["front"] else ""
     if item["state"] != "verified":
-        return f"| {item['number']} | {item['what']}: {escape(item['note'], quote=False)} | | | | | {item['seconds']:.0f} |"
+        note = escape(item["note"], quote=False)
+        return f"| {item['number']} | {item['what']}: {note} | | | | | {item['seconds']:.0f} |"
     expected = item.get("expected_points")
     believed = "–" if expected is None else f"{expected:.2f}"
     return (
-        f"| {item['number']}{mark} | {item['what']} | {item['drop_points']:.2f} | {believed} | {item['packed_bytes']:,} | "
-        f"{item['latency_ratio']:.2f} | {item['seconds']:.0f} |"
+        f"| {item['number']}{mark} | {item['what']} | {item['drop_points']:.2f} | {believed} | "
+        f"{item['packed_bytes']:,} | {item['latency_ratio']:.2f} | {item['seconds']:.0f} |"
     )
 
 
