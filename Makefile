@@ -25,11 +25,12 @@ fuzz: $(VENV)/.stamp-dev
 	-$(BIN)/python -m pip install --quiet --only-binary :all: atheris
 	$(BIN)/python -m tests.fuzz.fuzz_kpk $(FUZZ_SECONDS)
 
-# Every target's runtime in an environment of its own, which sees what $(VENV) has and adds its extra.
+# Every target's runtime in an environment of its own, which sees what $(VENV) has and adds its extra. What the extra
+# brings may hold plugins of pytest that are older than pytest.
 targets: $(EXTRAS:%=target-%)
 
 target-%: $(VENV)-%/.stamp
-	$(VENV)-$*/bin/python -m pytest -n $(JOBS) tests/test_targets.py tests/test_fpga.py
+	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(VENV)-$*/bin/python -m pytest -p xdist -n $(JOBS) tests/test_targets.py tests/test_fpga.py
 
 $(VENV)-%/.stamp: pyproject.toml | $(VENV)/.stamp-dev
 	$(PYTHON) -m venv $(VENV)-$*
