@@ -343,6 +343,15 @@ def test_a_storage_that_cannot_be_reached_is_one_line(url: str, tmp_path: Path) 
         open_ledger(tmp_path, url, {}, 0)
 
 
+def test_a_study_of_another_version_is_refused(net, tmp_path: Path) -> None:
+    one = job(net, tmp_path)
+    explore(one, Asked(candidates=1))
+    study = journal(tmp_path)
+    study.set_user_attr("space", {name: value for name, value in study.user_attrs["space"].items() if name != "prices"})
+    with pytest.raises(InputError, match="another version of kompakt"):
+        explore(one, Asked(candidates=2))
+
+
 def test_a_journal_cut_in_the_middle_of_a_line_is_read(tmp_path: Path) -> None:
     ledger = open_ledger(tmp_path, None, {"a": "b"}, 0)
     with ledger.taken(Choice(), SMALL) as (trial, choice):

@@ -222,6 +222,8 @@ def _space(job: Job, asked: Asked, ledger: Ledger) -> tuple[Space, float]:
     """Decide what may be tried, and what an epoch costs, once for a study: whoever goes on with it must do the same."""
     known = ledger.study.user_attrs.get("space")
     if known is not None:
+        if known.keys() != Space.__dataclass_fields__.keys():
+            raise InputError(f"{job.out}: the study is of another version of kompakt; take another --out, or delete it")
         ladders = {name: tuple(known[name]) for name in ("rates", "prices")}
         return Space(**known | ladders), float(ledger.study.user_attrs["epoch_seconds"])
     limit = job.recipe.budget.max_drop
