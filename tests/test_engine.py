@@ -29,7 +29,7 @@ from kompakt.engine.candidate import all_tried, folder_of
 from kompakt.engine.choice import Choice
 from kompakt.engine.explore import Asked, explore
 from kompakt.engine.frontier import Limits, choose, fronted, one_point_more
-from kompakt.engine.ledger import Ledger, choice_of, open_ledger
+from kompakt.engine.ledger import Ledger, open_ledger
 from kompakt.engine.strategy import FIRST_PRICE, PRICES, Space, propose, rates_for, within_reach
 from kompakt.errors import BudgetError, InputError
 from kompakt.job import Job
@@ -478,7 +478,7 @@ def test_two_workers_share_a_study(weights, tmp_path: Path) -> None:
     assert len({item.what for item in found}) == len(found)
     study = journal(tmp_path)
     assert sorted(trial.number for trial in study.trials) == [item.number for item in found]
-    assert all(choice_of(trial) for trial in study.trials)
+    assert set(open_ledger(tmp_path, None, {}, 0).choices()) == {item.number for item in found}
 
 
 def journal(out: Path) -> optuna.Study:
@@ -504,3 +504,79 @@ def test_what_the_time_does_not_suffice_for_is_left_out_and_the_cheap_goes_on(ne
     explore(job(net, tmp_path, recipe=recipe), Asked(candidates=12))
     assert len(seen) == 12
     assert {choice.epochs for choice in seen} == {0}
+
+
+def test_images_are_mirrored_in_training_where_the_original_does_not_mind(net, tmp_path: Path) -> None:
+    """Columns alone decide in one of two data sets that are otherwise alike."""
+    one = job(net, tmp_path, recipe=Recipe(finetune=FinetuneSection(epochs=1)))
+    explore(one, Asked(candidates=1))
+    assert journal(tmp_path).user_attrs["space"]["augment"] == "flip"
+
+    def sided(split):
+        ((inputs, _),) = split.batches(len(split))
+        left, right = inputs[..., :4].mean((1, 2, 3)), inputs[..., 4:].mean((1, 2, 3))
+        return loader_split([(inputs, (left > right).long())], "sides")
+
+    class Sides(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+            self.fc = nn.Linear(4 * 64, 4)
+            with torch.no_grad():
+                self.conv.weight.fill_(1 / 3)
+                self.conv.bias.fill_(9.0)
+                weight = torch.zeros(4, 4, 8, 8)
+                weight[0, :, :, 4:], weight[1, :, :, :4] = 1.0, 1.0
+                self.fc.weight.copy_(weight.flatten(1))
+                self.fc.bias.fill_(0.0)
+                self.fc.bias[2:] = -1e4
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(self.conv(x).relu().flatten(1))
+
+    data = Data(**{name: sided(getattr(squares(), name)) for name in ("train", "validation", "test")})
+    (tmp_path / "sides").mkdir()
+    explore(replace(one, model=Sides().eval(), data=data, out=tmp_path / "sides"), Asked(candidates=1))
+    assert journal(tmp_path / "sides").user_attrs["space"]["augment"] == "none"
+
+
+def test_a_round_goes_on_from_the_network_before_it_and_the_recipe_makes_it_again(
+    net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training is not done twice in a search, and a recipe without its networks gives the same bytes."""
+    budget, section = BudgetSection(max_drop=60.0), QuantizeSection(calibration_examples=32)
+    tune = FinetuneSection(epochs=1, batch_size=50, augment="none", learning_rate=0.005)
+    recipe = Recipe(budget=budget, quantize=section, finetune=tune)
+    price, dearer, *_ = rates_for(sum(parameter.numel() for parameter in net.parameters()), PRICES)
+    first = Choice(fewer_macs=1.3, rate=price, epochs=1)
+    second = Choice(fewer_macs=2.0, rate=price, epochs=1, after=first)
+    plan = [first, second, replace(second, rate=dearer, after=second)]
+    monkeypatch.setattr(module, "propose", lambda drops, space: next((c for c in plan if c not in drops), None))
+    trained, real = [], importlib.import_module("kompakt.training").train
+    monkeypatch.setattr("kompakt.training.train", lambda *given, **more: trained.append(1) or real(*given, **more))
+    searching = tmp_path / "search"
+    searching.mkdir()
+    result = explore(job(net, searching, recipe=recipe), Asked(candidates=3))
+    assert len(trained) == 3
+    assert [item.what.count("→") for item in result.candidates] == [0, 1, 2]
+    assert [item.state for item in result.candidates] == ["verified"] * 3
+    again = tmp_path / "again"
+    again.mkdir()
+    made = Recipe.read(folder_of(searching, 2) / "recipe.toml")
+    assert Recipe.from_toml(made.to_toml()) == made
+    assert [each.fewer_macs for each in made.before] == [1.3, 2.0]
+    compress(job(net, again, recipe=made.model_copy(update={"budget": BudgetSection()})))
+    assert (again / "model.onnx").read_bytes() == (folder_of(searching, 2) / "model.onnx").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[[before]]\nfewer_macs = 2.0\n[prune]\nfewer_macs = 1.5\n[finetune]\nepochs = 1", "order the rounds"),
+        ("[[before]]\n[prune]\nchannels = 0.5\n[finetune]\nepochs = 1", "goes with .prune. fewer_macs"),
+        ("[[before]]\n[prune]\nfewer_macs = 2.0", "no training"),
+    ],
+)
+def test_rounds_that_do_not_lead_to_the_recipe_are_one_line(text: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        Recipe.from_toml(text)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -14,10 +15,13 @@ from kompakt.files import atomic_write
 from kompakt.graph.graph import Left
 from kompakt.job import Job
 from kompakt.plan.plan import Plan
+from kompakt.plan.recipe import Recipe
 from kompakt.slim import Slim, slim
 from kompakt.weights import save_weights
 
-SECTIONS = {"sparse_training", "prune", "sparsify", "finetune", "distill"}
+SECTIONS = {"before", "sparse_training", "prune", "sparsify", "finetune", "distill"}
+TOLD = "told.json"
+"""Written last: a network whose folder holds it is whole."""
 
 
 class _Told(BaseModel):
@@ -44,16 +48,21 @@ def slimmed(job: Job, example: Tensor) -> Slim:
     if not asked.finetune.epochs and all(part is None for part in parts):
         return slim(job, example)
     folder = job.networks / network_key(job)
-    if (folder / "told.json").exists():
+    if (folder / TOLD).exists():
         job.say("taking the network that was made before")
         return _read(job, folder)
-    found = slim(job, example)
+    found = slim(job, example, slimmed)
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(found.model, folder / "weights.safetensors")
     atomic_write(folder / "plan.json", found.plan.to_json().encode())
     told = _Told(did=found.did, name=found.name, left=tuple((item.name, item.reason) for item in found.left))
-    atomic_write(folder / "told.json", told.model_dump_json().encode())
+    atomic_write(folder / TOLD, told.model_dump_json().encode())
     return found
+
+
+def is_made(job: Job, recipe: Recipe) -> bool:
+    """Whether the network of a recipe is there."""
+    return job.networks is not None and (job.networks / network_key(replace(job, recipe=recipe)) / TOLD).exists()
 
 
 def network_key(job: Job) -> str:
@@ -65,7 +74,7 @@ def network_key(job: Job) -> str:
 
 def _read(job: Job, folder: Path) -> Slim:
     try:
-        told = _Told.model_validate_json((folder / "told.json").read_bytes())
+        told = _Told.model_validate_json((folder / TOLD).read_bytes())
         plan = Plan.from_json((folder / "plan.json").read_text())
         model = restructured(job.model, plan, load_file(folder / "weights.safetensors"))
     except (OSError, ValidationError) as error:

@@ -1,7 +1,7 @@
 """Make the network smaller before it is quantized: remove channels, then train what is left."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,19 @@ from kompakt.sparsity import sparse_trained, thinned
 from kompakt.teaching import learner
 from kompakt.training import Slim, keeper, tuned
 
+Maker = Callable[[Job, Tensor], Slim]
+"""Makes a smaller network of a job's model."""
 FIT_EXAMPLES = 512
 BN_EXAMPLES = 2048
 
 
-def slim(job: Job, example: Tensor) -> Slim:
+def slim(job: Job, example: Tensor, earlier: "Maker | None" = None) -> Slim:
     """Prune, sparsify and train as the recipe says; the job's model itself is left as it was.
+
+    Args:
+        job: whose model and recipe.
+        example: a batch of inputs.
+        earlier: what makes the rounds that come before (``[[before]]``), this function itself where nothing is said.
 
     Raises:
         InputError, BudgetError: a knob does not fit the model, or the target cannot be reached.
@@ -52,6 +59,9 @@ def slim(job: Job, example: Tensor) -> Slim:
         job.say(f"making the student {text}")
         return _taught(job, text, example)
     found = Slim(model=job.model, plan=Plan(), did="")
+    if job.recipe.before:
+        found = (earlier or slim)(dataclasses.replace(job, recipe=job.recipe.earlier()), example)
+        prune = job.recipe.remaining()
     if job.plan is not None:
         found = as_planned(job.model, job.plan, example, job.data, job.seed)
     if penalised is not None:
@@ -67,7 +77,7 @@ def slim(job: Job, example: Tensor) -> Slim:
         return thinned(found, job, thin, tune, example)
     if tune.epochs:
         job.say(f"training for {tune.epochs} epochs")
-        found = tuned(found, job, tune, example, job.seed)
+        found = tuned(found, job, tune, example, job.seed + len(job.recipe.before))
     return found
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from kompakt.augment import FORMS
-from kompakt.plan.recipe import BudgetSection, FinetuneSection, PruneSection, QuantizeSection, Recipe
+from kompakt.plan.recipe import BudgetSection, FinetuneSection, PruneSection, QuantizeSection, Recipe, RoundSection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,12 +16,19 @@ class Choice:
         rate: nats that a bit of the coded weights may cost, of divergence where nothing is trained, else of the loss:
             then the integers themselves are trained; 0 rounds to nearest.
         epochs: of training after pruning, the original as teacher.
+        after: the trained network that this one is cut from and goes on from; None is the original.
     """
 
     fewer_macs: float = 1.0
     drop_blocks: int = 0
     rate: float = 0.0
     epochs: int = 0
+    after: "Choice | None" = None
+
+    @property
+    def rounds(self) -> "tuple[Choice, ...]":
+        """This choice behind all that it goes on from, the first first."""
+        return (*(self.after.rounds if self.after else ()), self)
 
     @property
     def step_back(self) -> bool:
@@ -29,11 +36,14 @@ class Choice:
         return self == Choice()
 
     def __str__(self) -> str:
-        parts = [f"{self.fewer_macs:g}× fewer MACs"] if self.fewer_macs > 1 else []
+        path = " → ".join(f"{each.fewer_macs:g}×" for each in self.rounds)
+        parts = [f"{path} fewer MACs"] if self.fewer_macs > 1 else []
         if self.drop_blocks:
             parts.append(f"{self.drop_blocks} block{'s' if self.drop_blocks > 1 else ''} dropped")
         if self.epochs:
-            parts.append(f"{self.epochs} epoch{'s' if self.epochs > 1 else ''}")
+            rounds = f" in {len(self.rounds)} rounds" if self.after else ""
+            epochs = sum(each.epochs for each in self.rounds)
+            parts.append(f"{epochs} epoch{'s' if epochs > 1 else ''}{rounds}")
         how = "trained" if self.epochs else "integers"
         parts.append(f"{how} at rate {self.rate:g}" if self.rate else "integers")
         if self.step_back:
@@ -64,8 +74,21 @@ class Choice:
         distill = base.distill
         if self.epochs and cached(base):
             distill = distill.model_copy(update={"cache": distill.cache or True})
-        made = {"prune": prune, "quantize": quantize, "finetune": finetune, "distill": distill, "budget": budget}
+        before = tuple(each.as_round() for each in self.rounds[:-1])
+        made = {
+            "before": before,
+            "prune": prune,
+            "quantize": quantize,
+            "finetune": finetune,
+            "distill": distill,
+            "budget": budget,
+        }
         return base.model_copy(update=made)
+
+    def as_round(self) -> RoundSection:
+        """Return what a recipe says of this choice where another goes on from it."""
+        sizes = {"fewer_macs": self.fewer_macs, "drop_blocks": self.drop_blocks}
+        return RoundSection(**sizes, epochs=self.epochs, rate=self.rate or None)
 
 
 def cached(base: Recipe) -> bool:

@@ -13,7 +13,7 @@ from kompakt.engine.choice import Choice, cached
 from kompakt.files import atomic_write
 from kompakt.job import Job
 from kompakt.measure.result import Tried
-from kompakt.networks import network_key
+from kompakt.networks import is_made
 from kompakt.plan.recipe import Recipe
 
 SPENT = "spent"
@@ -52,10 +52,12 @@ class Effort:
     def suffices(self, job: Job, choice: Choice, base: Recipe, tried: list[Tried]) -> bool:
         """Whether a candidate can be made and the end measured in the time that is left."""
         seconds = (1 + RESERVE) * untrained_seconds(tried)
-        key = network_key(replace(job, recipe=choice.recipe(base)))
-        if choice.epochs and not (job.out / NETWORKS / key / "told.json").exists():
-            priced = PRICED_COST if choice.rate else 1.0
-            seconds += priced * choice.epochs * self.epoch_seconds / choice.fewer_macs
+        there = replace(job, networks=job.out / NETWORKS)
+        for each in reversed(choice.rounds):
+            if is_made(there, each.recipe(base)):
+                break
+            priced = PRICED_COST if each.rate else 1.0
+            seconds += priced * each.epochs * self.epoch_seconds / each.fewer_macs
         return seconds <= self.left()
 
     def save(self, job: Job) -> None:

@@ -13,6 +13,7 @@ from kompakt.engine.frontier import Limits, choose
 from kompakt.engine.ledger import Ledger, open_ledger
 from kompakt.engine.shipping import shipped
 from kompakt.engine.strategy import Objective, Space, propose, within_reach
+from kompakt.engine.views import augmentation
 from kompakt.errors import InputError, KompaktError
 from kompakt.graph.fold import fold
 from kompakt.graph.trace import trace
@@ -73,10 +74,9 @@ def explore(job: Job, asked: Asked) -> Result:
     (job.out / CANDIDATES).mkdir(exist_ok=True)
     original = _original(job)
     ledger = open_ledger(job.out, asked.study, _identity(job, asked), job.seed)
-    space, seconds = _space(job, asked, ledger)
-    if space.channels_last != job.recipe.finetune.channels_last:
-        finetune = job.recipe.finetune.model_copy(update={"channels_last": space.channels_last})
-        job = replace(job, recipe=job.recipe.model_copy(update={"finetune": finetune}))
+    space, seconds = _space(job, asked, ledger, original)
+    finetune = job.recipe.finetune.model_copy(update={"channels_last": space.channels_last, "augment": space.augment})
+    job = replace(job, recipe=job.recipe.model_copy(update={"finetune": finetune}))
     search = _Search(
         job=job,
         asked=asked,
@@ -218,7 +218,7 @@ def _identity(job: Job, asked: Asked) -> dict[str, str]:
     }
 
 
-def _space(job: Job, asked: Asked, ledger: Ledger) -> tuple[Space, float]:
+def _space(job: Job, asked: Asked, ledger: Ledger, original: Original) -> tuple[Space, float]:
     """Decide what may be tried, and what an epoch costs, once for a study: whoever goes on with it must do the same."""
     known = ledger.study.user_attrs.get("space")
     if known is not None:
@@ -228,6 +228,10 @@ def _space(job: Job, asked: Asked, ledger: Ledger) -> tuple[Space, float]:
         return Space(**known | ladders), float(ledger.study.user_attrs["epoch_seconds"])
     limit = job.recipe.budget.max_drop
     epochs = job.recipe.finetune.epochs
+    trains = bool(epochs) or asked.minutes is not None
+    augment = augmentation(job, original) if trains else job.recipe.finetune.augment
+    finetune = job.recipe.finetune.model_copy(update={"augment": augment})
+    job = replace(job, recipe=job.recipe.model_copy(update={"finetune": finetune}))
     job.say("timing a step of training")
     seconds, channels_last = epoch_cost(job, asked.minutes is not None)
     if not epochs and asked.minutes is not None:
@@ -242,6 +246,7 @@ def _space(job: Job, asked: Asked, ledger: Ledger) -> tuple[Space, float]:
         epochs=min(epochs, MOST_EPOCHS),
         blocks=blocks,
         channels_last=channels_last,
+        augment=augment,
     ).fitted(sum(parameter.numel() for parameter in job.model.parameters()))
     ledger.study.set_user_attr("epoch_seconds", seconds)
     ledger.study.set_user_attr("space", vars(space))

@@ -3,9 +3,9 @@
 import fcntl
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import optuna
@@ -21,6 +21,8 @@ from kompakt.measure.result import Tried
 NAME = "kompakt"
 JOURNAL = "study.journal"
 GRACE_SECONDS = 10
+DRAWN, AFTER = ("fewer_macs", "drop_blocks", "rate", "epochs"), "after"
+"""What Optuna knows of a choice, and where a trial says the number of the one that it goes on from."""
 STARTUP = 6
 """Candidates that the sampler draws blindly before it trusts what it saw."""
 
@@ -42,10 +44,17 @@ class Ledger:
     def drops(self, judged: dict[int, float]) -> dict[Choice, float]:
         """Return the points that every candidate lost; infinite where it failed or is in another worker's hands."""
         found: dict[Choice, float] = {}
+        for number, choice in self.choices().items():
+            found[choice] = min(judged.get(number, float("inf")), found.get(choice, float("inf")))
+        return found
+
+    def choices(self) -> dict[int, Choice]:
+        """Return what every trial tries, but for those whose worker died before it was written down."""
+        found: dict[int, Choice] = {}
         for trial in self.study.get_trials(deepcopy=False):
-            choice = choice_of(trial)
+            choice = choice_of(trial, found)
             if choice is not None:
-                found[choice] = min(judged.get(trial.number, float("inf")), found.get(choice, float("inf")))
+                found[trial.number] = choice
         return found
 
     @contextmanager
@@ -72,14 +81,22 @@ class Ledger:
             with self._held(trial.number) as alone:
                 if alone and self.study.get_trials(deepcopy=False)[trial.number].state == TrialState.RUNNING:
                     mine = Trial(self.study, trial._trial_id)
-                    yield mine, _suggest(mine, space if self._planned(mine) else reach or space)
+                    yield mine, self._read(mine, space, reach)
                     return
         self.study.sampler = _sampler(self.seed + len(self.study.get_trials(deepcopy=False)))
         if proposed is not None:
-            self.study.enqueue_trial(vars(proposed))
+            numbers = {choice: number for number, choice in self.choices().items()}
+            after = {} if proposed.after is None else {AFTER: numbers[proposed.after]}
+            self.study.enqueue_trial({name: getattr(proposed, name) for name in DRAWN}, user_attrs=after)
         mine = self.study.ask()
         with self._held(mine.number):
-            yield mine, _suggest(mine, space if self._planned(mine) else reach or space)
+            yield mine, self._read(mine, space, reach)
+
+    def _read(self, trial: Trial, space: Space, reach: Space | None) -> Choice:
+        """Read what a trial tries: what was proposed, or what the sampler draws."""
+        drawn = _suggest(trial, space if self._planned(trial) else reach or space)
+        after = trial.user_attrs.get(AFTER)
+        return drawn if after is None else replace(drawn, after=self.choices()[after])
 
     def _planned(self, trial: Trial) -> bool:
         """Whether a trial was proposed, not left to the sampler."""
@@ -143,10 +160,16 @@ def open_ledger(out: Path, url: str | None, identity: dict[str, str], seed: int)
     return Ledger(study=study, locks=locks, seed=seed)
 
 
-def choice_of(trial: FrozenTrial) -> Choice | None:
-    """Read what a trial tries; None where its worker died before it was written down."""
-    found = trial.params if len(trial.params) == len(vars(Choice())) else trial.system_attrs.get("fixed_params", {})
-    return Choice(**found) if len(found) == len(vars(Choice())) else None
+def choice_of(trial: FrozenTrial, earlier: Mapping[int, Choice]) -> Choice | None:
+    """Read what a trial tries; None where its worker died before it was written down.
+
+    Args:
+        trial: of the study.
+        earlier: what the trials before it try, by number.
+    """
+    found = trial.params if len(trial.params) == len(DRAWN) else trial.system_attrs.get("fixed_params", {})
+    after = trial.user_attrs.get(AFTER)
+    return Choice(**found, after=earlier.get(after)) if len(found) == len(DRAWN) else None
 
 
 def _suggest(trial: Trial, space: Space) -> Choice:

@@ -4,7 +4,8 @@ Cheap candidates come first: integers alone, then channels removed without train
 many multiplications go is climbed by factors until a candidate breaks the budget, then halved on a log scale. Rates
 are tried where a climb ends, from the rate that the last such network kept: a network of less use than the next one is
 not coded five times. Where training is affordable and size counts, networks are trained as the integers of the file,
-at a price of a bit; the price is moved where the climb ends, and what was not trained is coded last, as time is left.
+at a price of a bit. A trained network is cut from the one that was trained before it and kept the budget, so that no
+training is lost; so is the price raised where the climb ends. What was not trained is coded last, as time is left.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,8 +18,9 @@ from typing import Literal
 from kompakt.engine.choice import Choice
 
 Objective = Literal["size", "latency", "both"]
-STRIDE, CLOSE, CLOSE_TRAINED = 1.5, 1.15, 1.3
-"""Factors of a climb: its step, and how near it comes to what breaks the budget, where a try is cheap or a training."""
+STRIDE, CLOSE, CLOSE_TRAINED, NEAR = 1.5, 1.15, 1.3, 2.0
+"""Factors of a climb: its step, and how near it comes to what breaks the budget, where a try is cheap or a training.
+A trained network that loses at most ``NEAR`` times what it may is trained once more before it is given up."""
 NATS, FIRST = (0.0027, 0.008, 0.016, 0.032, 0.08), 2
 """What a bit more or less of every weight may cost, in nats of divergence, and the place of what is tried first."""
 PRICES, FIRST_PRICE = (0.0135, 0.027, 0.054, 0.108), 1
@@ -42,10 +44,11 @@ class Space:
     Args:
         objective: fewer coded bits are storage only: rates are tried where size counts.
         max_drop: points on the validation split.
-        epochs: of training; 0 trains nothing.
+        epochs: of training, in every round; 0 trains nothing.
         most: the largest factor of multiplications.
         blocks: residual blocks that may be dropped.
         channels_last: the layout that networks are trained in.
+        augment: what training makes of images.
         rates: nats of divergence that a bit may cost, ascending.
         prices: nats of the loss that a bit may cost in training, ascending.
     """
@@ -56,6 +59,7 @@ class Space:
     most: float = 8.0
     blocks: int = 0
     channels_last: bool = False
+    augment: str = "none"
     rates: tuple[float, ...] = rates_for(270_000)
     prices: tuple[float, ...] = rates_for(270_000, PRICES)
 
@@ -128,32 +132,58 @@ def _search(drops: Mapping[Choice, float], space: Space) -> None:
         up = list(takewhile(fits, range(guess, len(ladder))))
         return up[-1] if up else next(filter(fits, reversed(range(min(guess, len(ladder))))), None)
 
-    def climb(low: Choice, close: float) -> list[Choice]:
+    def climb(low: Choice) -> list[Choice]:
         """Find factors of multiplications that keep the budget, ascending, up to the largest; ``low`` does."""
         kept, high = [low], None
-        while (last := kept[-1].fewer_macs) < space.most and (high is None or high / last > close):
-            ratio = round(min(last * STRIDE, space.most) if high is None else sqrt(last * high), 2)
+        while (last := kept[-1].fewer_macs) < space.most and (high is None or high / last > CLOSE):
+            ratio = between(last, high, STRIDE)
             if keeps(replace(low, fewer_macs=ratio)):
                 kept.append(replace(low, fewer_macs=ratio))
             else:
                 high = ratio
         return kept
 
+    def between(low: float, high: float | None, stride: float) -> float:
+        """The next factor: a stride up, or the middle of what keeps the budget and what breaks it."""
+        return round(min(low * stride, space.most) if high is None else sqrt(low * high), 2)
+
+    def held(choice: Choice) -> Choice | None:
+        """Return a trained choice that keeps the budget: this one, or where it comes near, trained once more."""
+        if keeps(choice):
+            return choice
+        longer = replace(choice, after=choice)
+        return longer if drops[choice] <= NEAR * space.max_drop and keeps(longer) else None
+
+    def onward(last: Choice) -> Choice:
+        """Cut and train a network again and again, each from the one before, as far as the budget goes."""
+        high = None
+        while last.fewer_macs < space.most and (high is None or high / last.fewer_macs > CLOSE_TRAINED):
+            gained = last.epochs > 0 and drops[last] <= -space.max_drop
+            ratio = between(last.fewer_macs, high, STRIDE**2 if gained else STRIDE)
+            after = last if last.epochs else None
+            found = held(replace(last, fewer_macs=ratio, epochs=space.epochs, after=after))
+            last, high = (last, ratio) if found is None else (found, high)
+        return last
+
     def taught(low: float) -> None:
-        """Train: the network that was free without, at a price; then smaller ones; then at other prices."""
+        """Train: the network that was free without, at a price; then smaller ones; then at higher prices."""
         start = Choice(fewer_macs=low, epochs=space.epochs, rate=price)
-        if sized and not keeps(start):
+        first = held(start) if sized else Choice(fewer_macs=low)
+        if first is None:
             narrow(start, prices[:FIRST_PRICE], FIRST_PRICE)
             return
-        best = climb(start, CLOSE_TRAINED)[-1]
-        place = narrow(best, prices, FIRST_PRICE) if sized else None
-        best = best if place is None else replace(best, rate=prices[place])
-        for blocks in range(1, space.blocks + 1):
-            if not keeps(replace(best, drop_blocks=blocks)):
+        best = onward(first)
+        for dearer in prices[FIRST_PRICE + 1 :]:
+            if not keeps(further := replace(best, rate=dearer, after=best)):
                 break
+            best = further
+        for blocks in range(1, space.blocks + 1):
+            if not best.epochs or not keeps(further := replace(best, drop_blocks=blocks, after=best)):
+                break
+            best = further
 
     whole = keeps(Choice())
-    free = climb(Choice(), CLOSE)
+    free = climb(Choice())
     if space.epochs:
         taught(free[-1].fewer_macs)
     guess = FIRST

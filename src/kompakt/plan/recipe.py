@@ -2,10 +2,11 @@
 
 import json
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from kompakt.errors import InputError
 
@@ -188,6 +189,20 @@ class DistillSection(Section):
     cache: bool | str = False
 
 
+class RoundSection(Section):
+    """``[[before]]``: a round of removing and training that comes before what the other sections say.
+
+    The network is cut to ``fewer_macs`` times fewer multiplications than the original (and ``drop_blocks`` blocks
+    fewer), trained for ``epochs`` by ``[finetune]``, at ``rate`` nats a bit where that is given. The next round goes on
+    from it: the last is what ``[prune]`` and ``[finetune]`` themselves say.
+    """
+
+    fewer_macs: float = Field(default=1.0, ge=1)
+    drop_blocks: int = Field(default=0, ge=0)
+    epochs: int = Field(default=1, ge=1)
+    rate: float | None = Field(default=None, gt=0)
+
+
 class QatSection(FinetuneSection):
     """``[qat]``: training of the quantized network, with learned steps, in the one training loop.
 
@@ -216,6 +231,7 @@ class Recipe(Section):
         8
     """
 
+    before: tuple[RoundSection, ...] = ()
     distill: DistillSection = DistillSection()
     sparse_training: SparseTrainingSection | None = None
     prune: PruneSection | None = None
@@ -224,6 +240,39 @@ class Recipe(Section):
     quantize: QuantizeSection | None = QuantizeSection()
     qat: QatSection = QatSection()
     budget: BudgetSection = BudgetSection()
+
+    @model_validator(mode="after")
+    def _rounds_lead_here(self) -> "Recipe":
+        """Check that every round removes as much as the one before it or more, and that the rounds end in [prune]."""
+        if not self.before:
+            return self
+        prune, others = self.prune or PruneSection(), (self.sparse_training, self.sparsify, self.distill.student)
+        sizes = [(each.fewer_macs, each.drop_blocks) for each in self.before]
+        sizes += [(prune.fewer_macs or 1.0, prune.drop_blocks)]
+        if any(after[0] < first[0] or after[1] < first[1] for first, after in pairwise(sizes)):
+            raise ValueError(f"before: fewer MACs and blocks must not grow again, found {sizes}; order the rounds")
+        if prune != PruneSection() and (prune.rounds > 1 or (prune.fewer_macs is None and not prune.drop_blocks)):
+            raise ValueError("before: goes with [prune] fewer_macs and drop_blocks, in one round")
+        if any(other is not None for other in others) or not self.finetune.epochs:
+            raise ValueError("before: goes with [prune] and [finetune] epochs, not with students, zeros or no training")
+        return self
+
+    def earlier(self) -> "Recipe":
+        """Return the recipe of the rounds before: what they make, float, where the last of them ends."""
+        *first, last = self.before
+        prune = None if self.prune is None else self.prune.model_copy(update=_cut(last.fewer_macs, last.drop_blocks))
+        whole = prune is None or (prune.fewer_macs is None and not prune.drop_blocks)
+        finetune = self.finetune.model_copy(update={"epochs": last.epochs, "rate": last.rate})
+        update = {"before": tuple(first), "prune": None if whole else prune, "finetune": finetune}
+        return self.model_copy(update=update)
+
+    def remaining(self) -> PruneSection | None:
+        """Return what is left to remove from what the rounds before made; None where nothing is."""
+        last, prune = self.before[-1], self.prune
+        if prune is None:
+            return None
+        ratio, blocks = (prune.fewer_macs or 1.0) / last.fewer_macs, prune.drop_blocks - last.drop_blocks
+        return prune.model_copy(update=_cut(ratio, blocks)) if ratio > 1 or blocks else None
 
     @staticmethod
     def from_toml(text: str, where: str = "recipe") -> "Recipe":
@@ -245,6 +294,10 @@ class Recipe(Section):
         """Write the recipe as TOML that ``from_toml`` reads back to an equal one; what is as by default is left out."""
         lines: list[str] = []
         for name in type(self).model_fields:
+            if name == "before":
+                for each in self.before:
+                    lines += ["", "[[before]]", *_toml(each.model_dump(mode="json", exclude_defaults=True))]
+                continue
             section = getattr(self, name)
             if section is not None and (section != type(self).model_fields[name].default or name == "quantize"):
                 lines += ["", f"[{name}]", *_toml(section.model_dump(mode="json", exclude_defaults=True))]
@@ -261,6 +314,11 @@ class Recipe(Section):
             raise InputError(f"{path}: {error.strerror}") from None
         except UnicodeDecodeError:
             raise InputError(f"{path}: is not a text file; expected a recipe in TOML") from None
+
+
+def _cut(fewer_macs: float, blocks: int) -> dict[str, object]:
+    """What [prune] says of how much goes."""
+    return {"fewer_macs": fewer_macs if fewer_macs > 1 else None, "drop_blocks": blocks}
 
 
 def _toml(values: dict[str, object]) -> list[str]:
