@@ -87,8 +87,9 @@ class Choice:
 
     def as_round(self) -> RoundSection:
         """Return what a recipe says of this choice where another goes on from it."""
-        sizes = {"fewer_macs": self.fewer_macs, "drop_blocks": self.drop_blocks}
-        return RoundSection(**sizes, epochs=self.epochs, rate=self.rate or None)
+        return RoundSection(
+            fewer_macs=self.fewer_macs, drop_blocks=self.drop_blocks, epochs=self.epochs, rate=self.rate or None
+        )
 
 
 def cached(base: Recipe) -> bool:

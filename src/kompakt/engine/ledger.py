@@ -169,7 +169,8 @@ def choice_of(trial: FrozenTrial, earlier: Mapping[int, Choice]) -> Choice | Non
     """
     found = trial.params if len(trial.params) == len(DRAWN) else trial.system_attrs.get("fixed_params", {})
     after = trial.user_attrs.get(AFTER)
-    return Choice(**found, after=earlier.get(after)) if len(found) == len(DRAWN) else None
+    before = None if after is None else earlier[after]
+    return Choice(**found, after=before) if len(found) == len(DRAWN) else None
 
 
 def _suggest(trial: Trial, space: Space) -> Choice:
