@@ -10,7 +10,6 @@ training is lost; so is the price raised where the climb ends. What was not trai
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import takewhile
 from math import sqrt
 from typing import Literal
@@ -21,6 +20,8 @@ Objective = Literal["size", "latency", "both"]
 STRIDE, CLOSE, CLOSE_TRAINED, NEAR = 1.5, 1.15, 1.3, 2.0
 """Factors of a climb: its step, and how near it comes to what breaks the budget, where a try is cheap or a training.
 A trained network that loses at most ``NEAR`` times what it may is trained once more before it is given up."""
+RECOVERED = 3.0
+"""Training begins at the smallest network that lost so many times what it may without: most of it comes back."""
 NATS, FIRST = (0.0027, 0.008, 0.016, 0.032, 0.08), 2
 """What a bit more or less of every weight may cost, in nats of divergence, and the place of what is tried first."""
 PRICES, FIRST_PRICE = (0.0135, 0.027, 0.054, 0.108), 1
@@ -107,88 +108,97 @@ def propose(drops: Mapping[Choice, float], space: Space) -> Choice | None:
         Choice(fewer_macs=1.0, drop_blocks=0, rate=0.0, epochs=0)
     """
     try:
-        _search(drops, space)
+        _Walk(drops=drops, space=space).whole()
     except _Wanted as wanted:
         return wanted.choice
     return None
 
 
-def _search(drops: Mapping[Choice, float], space: Space) -> None:
-    def keeps(choice: Choice) -> bool:
-        if choice not in drops:
+@dataclass(frozen=True, kw_only=True)
+class _Walk:
+    """The plan of a search, from its beginning: it ends at the first candidate that was not tried."""
+
+    drops: Mapping[Choice, float]
+    space: Space
+
+    def whole(self) -> None:
+        """What is free without training, then training, then what was not trained at a rate."""
+        first = self.keeps(Choice())
+        free, broke = self.climb()
+        if self.space.epochs:
+            mended = [choice for choice in broke if self.drops[choice] <= RECOVERED * self.space.max_drop]
+            self.taught(free[-1].fewer_macs, max(choice.fewer_macs for choice in (free[-1], *mended)))
+        rates = () if self.space.objective == "latency" else self.space.rates
+        guess = FIRST
+        for choice in ([Choice()] if first else []) + free[:0:-1]:
+            place = self.narrow(choice, rates, guess)
+            if place is not None and choice != Choice():
+                break
+            guess = guess if place is None else place
+
+    def keeps(self, choice: Choice) -> bool:
+        """Whether a choice keeps the budget; one that was not tried ends the walk."""
+        if choice not in self.drops:
             raise _Wanted(choice)
-        return drops[choice] <= space.max_drop
+        return self.drops[choice] <= self.space.max_drop
 
-    sized = space.objective != "latency"
-    rates, prices = (space.rates, space.prices) if sized else ((), ())
-    price = prices[FIRST_PRICE] if prices else 0.0
-
-    def coded(choice: Choice, ladder: Sequence[float], place: int) -> bool:
-        return keeps(replace(choice, rate=ladder[place]))
-
-    def narrow(choice: Choice, ladder: Sequence[float], guess: int) -> int | None:
+    def narrow(self, choice: Choice, ladder: Sequence[float], guess: int) -> int | None:
         """Find the place of the greatest rate that keeps the budget, up or down from a guess."""
-        fits = partial(coded, choice, ladder)
+
+        def fits(place: int) -> bool:
+            return self.keeps(replace(choice, rate=ladder[place]))
+
         up = list(takewhile(fits, range(guess, len(ladder))))
         return up[-1] if up else next(filter(fits, reversed(range(min(guess, len(ladder))))), None)
 
-    def climb(low: Choice) -> list[Choice]:
-        """Find factors of multiplications that keep the budget, ascending, up to the largest; ``low`` does."""
-        kept, high = [low], None
-        while (last := kept[-1].fewer_macs) < space.most and (high is None or high / last > CLOSE):
-            ratio = between(last, high, STRIDE)
-            if keeps(replace(low, fewer_macs=ratio)):
-                kept.append(replace(low, fewer_macs=ratio))
-            else:
-                high = ratio
-        return kept
+    def climb(self) -> tuple[list[Choice], list[Choice]]:
+        """Find factors of multiplications that keep the budget untrained, ascending, 1 the first; and what broke it."""
+        kept, broke = [Choice()], list[Choice]()
+        while (last := kept[-1].fewer_macs) < self.space.most:
+            high = min((choice.fewer_macs for choice in broke), default=None)
+            if high is not None and high / last <= CLOSE:
+                break
+            further = Choice(fewer_macs=self.between(last, high, STRIDE))
+            (kept if self.keeps(further) else broke).append(further)
+        return kept, broke
 
-    def between(low: float, high: float | None, stride: float) -> float:
+    def between(self, low: float, high: float | None, stride: float) -> float:
         """The next factor: a stride up, or the middle of what keeps the budget and what breaks it."""
-        return round(min(low * stride, space.most) if high is None else sqrt(low * high), 2)
+        return round(min(low * stride, self.space.most) if high is None else sqrt(low * high), 2)
 
-    def held(choice: Choice) -> Choice | None:
+    def taught(self, low: float, bold: float) -> None:
+        """Train at a price: what removal alone did not cost too much; then smaller networks; then at higher prices."""
+        prices = (0.0,) if self.space.objective == "latency" else self.space.prices
+        first = min(FIRST_PRICE, len(prices) - 1)
+        start, high = Choice(fewer_macs=low, epochs=self.space.epochs, rate=prices[first]), None
+        begun = self.held(replace(start, fewer_macs=bold))
+        if begun is None and bold > low:
+            begun, high = self.held(start), bold
+        if begun is None:
+            self.narrow(start, prices[:first], first)
+            return
+        best = self.onward(begun, high)
+        dearer = [replace(best, rate=price) for price in prices[first + 1 :]]
+        shorter = [replace(best, drop_blocks=blocks) for blocks in range(1, self.space.blocks + 1)]
+        for group in (dearer, shorter):
+            for choice in group:
+                further = replace(choice, rate=max(choice.rate, best.rate), after=best)
+                if not self.keeps(further):
+                    break
+                best = further
+
+    def held(self, choice: Choice) -> Choice | None:
         """Return a trained choice that keeps the budget: this one, or where it comes near, trained once more."""
-        if keeps(choice):
+        if self.keeps(choice):
             return choice
         longer = replace(choice, after=choice)
-        return longer if drops[choice] <= NEAR * space.max_drop and keeps(longer) else None
+        return longer if self.drops[choice] <= NEAR * self.space.max_drop and self.keeps(longer) else None
 
-    def onward(last: Choice) -> Choice:
+    def onward(self, last: Choice, high: float | None) -> Choice:
         """Cut and train a network again and again, each from the one before, as far as the budget goes."""
-        high = None
-        while last.fewer_macs < space.most and (high is None or high / last.fewer_macs > CLOSE_TRAINED):
-            gained = last.epochs > 0 and drops[last] <= -space.max_drop
-            ratio = between(last.fewer_macs, high, STRIDE**2 if gained else STRIDE)
-            after = last if last.epochs else None
-            found = held(replace(last, fewer_macs=ratio, epochs=space.epochs, after=after))
+        while last.fewer_macs < self.space.most and (high is None or high / last.fewer_macs > CLOSE_TRAINED):
+            gained = self.drops[last] <= -self.space.max_drop
+            ratio = self.between(last.fewer_macs, high, STRIDE**2 if gained else STRIDE)
+            found = self.held(replace(last, fewer_macs=ratio, after=last))
             last, high = (last, ratio) if found is None else (found, high)
         return last
-
-    def taught(low: float) -> None:
-        """Train: the network that was free without, at a price; then smaller ones; then at higher prices."""
-        start = Choice(fewer_macs=low, epochs=space.epochs, rate=price)
-        first = held(start) if sized else Choice(fewer_macs=low)
-        if first is None:
-            narrow(start, prices[:FIRST_PRICE], FIRST_PRICE)
-            return
-        best = onward(first)
-        for dearer in prices[FIRST_PRICE + 1 :]:
-            if not keeps(further := replace(best, rate=dearer, after=best)):
-                break
-            best = further
-        for blocks in range(1, space.blocks + 1):
-            if not best.epochs or not keeps(further := replace(best, drop_blocks=blocks, after=best)):
-                break
-            best = further
-
-    whole = keeps(Choice())
-    free = climb(Choice())
-    if space.epochs:
-        taught(free[-1].fewer_macs)
-    guess = FIRST
-    for choice in ([Choice()] if whole else []) + free[:0:-1]:
-        place = narrow(choice, rates, guess)
-        if place is not None and choice != Choice():
-            break
-        guess = guess if place is None else place
