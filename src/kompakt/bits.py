@@ -22,6 +22,8 @@ MEASURED_ON = 128
 """Training examples on which the errors of single tensors are measured."""
 TRACED_ON = 32
 NIBBLE = 4
+LEARNED = ("adaround", "brecq", "qdrop")
+"""Rounding that learns to go up or down, as only integers can."""
 
 
 def planned(job: Job, section: QuantizeSection, capture: Capture, stats: Stats, keep: frozenset[str]) -> Planned:
@@ -88,7 +90,7 @@ def _agree(section: QuantizeSection) -> None:
         also: dict[str, object] = {"mixed": section.mixed, "weight_bits": section.weight_bits}
         also |= {"group_size": section.group_size, "dynamic": section.dynamic, "packed": section.packed}
         fixed = section.codebook_grid != "free"
-        also["rounding"] = section.rounding if fixed or section.rounding == "adaround" else None
+        also["rounding"] = section.rounding if fixed or section.rounding in LEARNED else None
         wrong = next((name for name, value in also.items() if value), None)
         if wrong is not None:
             raise InputError(f"codebook and {wrong}: a codebook holds no uniform integers; leave one of the two out")

@@ -53,7 +53,7 @@ class QuantizeSection(Section):
     dynamic: bool = False
     equalize: bool | None = None
     bias_correction: bool = False
-    rounding: Literal["nearest", "gptq", "retarget", "adaround"] | None = None
+    rounding: Literal["nearest", "gptq", "retarget", "adaround", "brecq", "qdrop"] | None = None
     calibration_examples: int = Field(default=512, ge=1)
     keep: tuple[str, ...] = ()
 
