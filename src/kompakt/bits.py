@@ -140,6 +140,14 @@ def _chosen(
     inputs = dict.fromkeys(range_owner(sites, str(op.ref("input"))) for op in layers) if joint else {}
     fixed = mixed.ends(graph, rules, asked.keep) if section.keep_ends else {}
     widths = {name: (fixed[name],) if name in fixed else section.widths for name in (*weights, *inputs)}
+    budgets = mixed.Budgets(
+        average_bits=section.average_bits,
+        average_activation_bits=section.average_activation_bits,
+        max_bytes=section.max_bytes,
+        fewer_bops=section.fewer_bops,
+    )
+    free = {name: dict.fromkeys(tried, 0.0) for name, tried in widths.items()}
+    mixed.mixed(graph, rules, free, budgets, section.activation_bits or 8, asked.keep)  # refused before it is measured
     job.say(f"measuring {len(weights)} weights and {len(inputs)} activations at {len(section.widths)} widths")
     base, _ = uniform(graph, rules, replace(asked, weight_range="mse"))
     count = TRACED_ON if section.sensitivity == "hessian" else MEASURED_ON
@@ -148,12 +156,6 @@ def _chosen(
         errors = trace_errors(capture, base, batch, widths, job.seed)
     else:
         errors = bit_errors(capture, base, stats, batch[0], widths)
-    budgets = mixed.Budgets(
-        average_bits=section.average_bits,
-        average_activation_bits=section.average_activation_bits,
-        max_bytes=section.max_bytes,
-        fewer_bops=section.fewer_bops,
-    )
     bits = mixed.mixed(graph, rules, errors, budgets, section.activation_bits or 8, asked.keep)
     numbers = {name: graph.tensor[name].numel for name in weights}
     average = sum(bits[name] * n for name, n in numbers.items()) / max(sum(numbers.values()), 1)
