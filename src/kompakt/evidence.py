@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.grad import conv2d_weight
 
 from kompakt.build.taps import inference
 from kompakt.data import Data, Split
@@ -158,15 +159,8 @@ def _squares(layer: nn.Module, squares: Tensor, output: Tensor) -> Tensor:
         return squares.flatten(0, -2).sum(0).expand_as(layer.get_parameter("weight"))
     shape = layer.weight.shape
     ones = torch.ones_like(output[:, : layer.groups])
-    each = torch.nn.grad.conv2d_weight(
-        squares,
-        (layer.groups, *shape[1:]),
-        ones,
-        layer.stride,  # type: ignore[arg-type]
-        layer.padding,  # type: ignore[arg-type]
-        layer.dilation,  # type: ignore[arg-type]
-        layer.groups,
-    )
+    settings = (layer.stride, layer.padding, layer.dilation, layer.groups)
+    each = conv2d_weight(squares, (layer.groups, *shape[1:]), ones, *settings)
     return each.repeat_interleave(shape[0] // layer.groups, dim=0)
 
 
