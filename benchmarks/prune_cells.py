@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.prune_subjects import BN_EXAMPLES, SUBJECTS, build, example, fused, macs
 from kompakt.alignment import alignment
-from kompakt.allotment import Timing, gradients
+from kompakt.allotment import Timing
 from kompakt.artifact.onnx import export_onnx
 from kompakt.artifact.targets import target
 from kompakt.augment import crop_and_flip
@@ -29,6 +29,7 @@ from kompakt.build.prune import apply_prune
 from kompakt.build.reconstruct import reconstruct
 from kompakt.build.train import Hooks, Objective, Teacher, Term, TrainSettings, shuffled, train
 from kompakt.data import Data, Split, open_data
+from kompakt.evidence import gradients
 from kompakt.graph.coupling import Coupling, couple
 from kompakt.graph.fold import fold
 from kompakt.graph.trace import trace

@@ -9,9 +9,12 @@ from torch.nn import functional as F
 
 from kompakt import zoo
 from kompakt.build.prune import apply_prune, units_of
+from kompakt.data import Data
 from kompakt.errors import BudgetError, InputError
+from kompakt.evidence import evidence
 from kompakt.graph.coupling import Coupling, couple
 from kompakt.graph.trace import trace
+from kompakt.loaders import loader_split
 from kompakt.methods.channels import Knobs, channels
 from kompakt.methods.scores import Scoring, unit_rows, unit_scores
 from kompakt.methods.widths import knapsack
@@ -259,3 +262,20 @@ def test_exact_allocations_take_the_share_of_all_channels(allocation: str) -> No
     made = apply_prune(model, plan)
     before, after = (sum(len(m.weight) for m in net.modules() if isinstance(m, nn.Conv2d)) for net in (model, made))
     assert 0.3 <= 1 - after / before < 0.4
+
+
+def test_measured_criteria_beat_chance_too() -> None:
+    model, x, y = trained()
+    coupling = couple(trace(model, x[:2]).graph)
+    split = loader_split([(x, y)], "toy")
+    data = Data(train=split, validation=split, test=split)
+
+    def accuracy(criterion: str, seed: int = 0) -> float:
+        measured = evidence(criterion, model, data, 0)
+        scores = unit_scores(coupling, model.state_dict(), Scoring(criterion=criterion, seed=seed), measured=measured)
+        pruned = apply_prune(model, channels(coupling, scores, Knobs(ratio=0.6)), x[:2])
+        return float((pruned(x).argmax(1) == y).float().mean())
+
+    chance = sum(accuracy("random", seed) for seed in range(5)) / 5
+    for criterion in ("obd", "wanda", "taylor"):
+        assert accuracy(criterion) > chance + 0.05, criterion

@@ -36,6 +36,7 @@ ORDER = (
         "awareness",
         "bits",
         "engine",
+        "evidence",
         "federated",
         "finish",
         "frugality",

@@ -28,9 +28,9 @@ from kompakt.measure.layers import outputs_of
 from kompakt.methods.codebook import Knobs as CodebookKnobs
 from kompakt.methods.codebook import codebook
 from kompakt.methods.uniform import Knobs, uniform
+from kompakt.numerics.adaround import Annealing
 from kompakt.numerics.grid import quantize as integers
 from kompakt.numerics.grid import saturation_free
-from kompakt.numerics.rounding import Annealing
 from kompakt.plan.plan import Plan, Quantize
 from kompakt.plan.rules import ONNXRUNTIME, placed
 from kompakt.spec import PerTensor, QuantSpec

@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kompakt.errors import InputError
+from kompakt.numerics.adaround import Annealing, Reconstruction, adaround
 from kompakt.numerics.grid import affine_params, dequantize, quantize, saturation_free, saturation_scale
 from kompakt.numerics.moments import Conv, cross_moment, output_error, patches, second_moment
 from kompakt.numerics.ranges import weight_range
-from kompakt.numerics.rounding import Annealing, Reconstruction, adaround, descend, gptq, retarget
+from kompakt.numerics.rounding import descend, gptq, retarget
 from kompakt.spec import PerChannel, PerGroup, PerTensor, QuantSpec
 
 CONVS = (

@@ -33,7 +33,6 @@ from kompakt.methods.sensitivity import measured_drops
 from kompakt.plan.plan import Plan
 
 EFFECT_EXAMPLES = 256
-GRADIENT_EXAMPLES = 512
 SPEED_SECONDS = 5.0
 SLACK = 1.1
 """So many times faster than asked is near enough; beyond, fewer channels need to go."""
@@ -250,19 +249,3 @@ def _mixed(split: Split, seed: int) -> list[tuple[Tensor, Tensor]]:
     # A folder lies in the order of its classes: batches of one class would give batch norms that class's variance.
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     return [(inputs[places], labels[places]) for places in order.split(64)]
-
-
-def gradients(model: nn.Module, data: Data | None, seed: int) -> dict[str, Tensor]:
-    """Sum the gradients of the cross entropy over some training examples."""
-    if data is None:
-        raise InputError("this criterion needs gradients: give --data")
-    part = data.train.subset(min(GRADIENT_EXAMPLES, len(data.train)), seed=seed)
-    parameters = dict(model.named_parameters())
-    total = {name: torch.zeros_like(value) for name, value in parameters.items()}
-    for inputs, labels in part.batches(64):
-        loss = F.cross_entropy(model(inputs), labels, reduction="sum")
-        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-        for name, gradient in zip(parameters, found, strict=True):
-            if gradient is not None:
-                total[name] += gradient
-    return total

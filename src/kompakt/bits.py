@@ -22,6 +22,8 @@ MEASURED_ON = 128
 """Training examples on which the errors of single tensors are measured."""
 TRACED_ON = 32
 NIBBLE = 4
+LEARNED = ("adaround", "brecq", "qdrop")
+"""Rounding that learns to go up or down, as only integers can."""
 
 
 def planned(job: Job, section: QuantizeSection, capture: Capture, stats: Stats, keep: frozenset[str]) -> Planned:
@@ -88,7 +90,7 @@ def _agree(section: QuantizeSection) -> None:
         also: dict[str, object] = {"mixed": section.mixed, "weight_bits": section.weight_bits}
         also |= {"group_size": section.group_size, "dynamic": section.dynamic, "packed": section.packed}
         fixed = section.codebook_grid != "free"
-        also["rounding"] = section.rounding if fixed or section.rounding == "adaround" else None
+        also["rounding"] = section.rounding if fixed or section.rounding in LEARNED else None
         wrong = next((name for name, value in also.items() if value), None)
         if wrong is not None:
             raise InputError(f"codebook and {wrong}: a codebook holds no uniform integers; leave one of the two out")
@@ -138,6 +140,14 @@ def _chosen(
     inputs = dict.fromkeys(range_owner(sites, str(op.ref("input"))) for op in layers) if joint else {}
     fixed = mixed.ends(graph, rules, asked.keep) if section.keep_ends else {}
     widths = {name: (fixed[name],) if name in fixed else section.widths for name in (*weights, *inputs)}
+    budgets = mixed.Budgets(
+        average_bits=section.average_bits,
+        average_activation_bits=section.average_activation_bits,
+        max_bytes=section.max_bytes,
+        fewer_bops=section.fewer_bops,
+    )
+    free = {name: dict.fromkeys(tried, 0.0) for name, tried in widths.items()}
+    mixed.mixed(graph, rules, free, budgets, section.activation_bits or 8, asked.keep)  # refused before it is measured
     job.say(f"measuring {len(weights)} weights and {len(inputs)} activations at {len(section.widths)} widths")
     base, _ = uniform(graph, rules, replace(asked, weight_range="mse"))
     count = TRACED_ON if section.sensitivity == "hessian" else MEASURED_ON
@@ -146,12 +156,6 @@ def _chosen(
         errors = trace_errors(capture, base, batch, widths, job.seed)
     else:
         errors = bit_errors(capture, base, stats, batch[0], widths)
-    budgets = mixed.Budgets(
-        average_bits=section.average_bits,
-        average_activation_bits=section.average_activation_bits,
-        max_bytes=section.max_bytes,
-        fewer_bops=section.fewer_bops,
-    )
     bits = mixed.mixed(graph, rules, errors, budgets, section.activation_bits or 8, asked.keep)
     numbers = {name: graph.tensor[name].numel for name in weights}
     average = sum(bits[name] * n for name, n in numbers.items()) / max(sum(numbers.values()), 1)

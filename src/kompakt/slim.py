@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kompakt.alignment import alignment
-from kompakt.allotment import Timing, allotted, classifies, faster, gradients, loss_on, times_faster_for
+from kompakt.allotment import Timing, allotted, classifies, faster, loss_on, times_faster_for
 from kompakt.build.drop import apply_drop
 from kompakt.build.follow import follow
 from kompakt.build.prune import apply_prune, units_of, verify
@@ -18,6 +18,7 @@ from kompakt.build.structure import checked_structure
 from kompakt.build.train import reestimate_bn
 from kompakt.data import Data
 from kompakt.errors import InputError
+from kompakt.evidence import evidence
 from kompakt.graph.coupling import Coupling, couple
 from kompakt.graph.trace import trace
 from kompakt.job import Job
@@ -25,7 +26,6 @@ from kompakt.methods.blocks import drop_blocks, residual_blocks
 from kompakt.methods.channels import Knobs
 from kompakt.methods.scores import Scoring, unit_scores
 from kompakt.methods.sparse import masks
-from kompakt.numerics.saliency import saliency
 from kompakt.plan.plan import Plan, Prune, Quantize, Share, Sparsify
 from kompakt.plan.recipe import FinetuneSection, PruneSection
 from kompakt.sparsity import sparse_trained, thinned
@@ -106,8 +106,9 @@ def as_planned(model: nn.Module, plan: Plan, example: Tensor, data: Data | None 
     if not shapes.entries:
         return Slim(model=model, plan=shapes, did="")
     made = checked_structure(model, shapes, example).eval()
-    graded = any("grad" in saliency(entry.criterion).needs for entry in shapes.of(Sparsify))
-    inputs = {"grad": gradients(made, data, seed)} if graded else {}
+    inputs: dict[str, dict[str, Tensor]] = {}
+    for criterion in dict.fromkeys(entry.criterion for entry in shapes.of(Sparsify)):
+        inputs |= evidence(criterion, made, data, seed)
     keep = masks(shapes, dict(made.named_parameters()), inputs)
     keeper(keep)(made, 0)
     if data is not None and shapes.of(Prune):
@@ -191,8 +192,8 @@ def pruned(
     blocks = dropped(model, data, section.drop_blocks, example, seed)
     coupling = follow(blocks.model, couple(trace(blocks.model, example).graph), example)
     scoring = Scoring(criterion=section.criterion, seed=seed, **_units(section))
-    grads = gradients(blocks.model, data, seed) if "grad" in saliency(section.criterion).needs else None
-    scores = unit_scores(coupling, dict(blocks.model.state_dict()), scoring, grads)
+    inputs = evidence(section.criterion, blocks.model, data, seed)
+    scores = unit_scores(coupling, dict(blocks.model.state_dict()), scoring, measured=inputs)
     knobs, speed = _knobs(section, coupling, timing), None
     if section.allocation == "latency":
         assert timing is not None
@@ -262,9 +263,11 @@ def _batches(data: Data, count: int, seed: int) -> Iterable[tuple[Tensor, Tensor
 
 
 def _units(section: PruneSection) -> dict[str, Any]:
-    """Leave Taylor scores in units of the loss where groups are weighed against each other."""
+    """Say how scores of members become one; Taylor scores stay in units of the loss where groups are weighed."""
     weighed = section.allocation in ("global", "knapsack", "latency") and section.criterion.startswith("taylor")
-    return {"normalisation": "none", "reduction": "sum"} if weighed else {}
+    said = {"normalisation": section.normalisation, "reduction": section.reduction}
+    default = {"normalisation": "none", "reduction": "sum"} if weighed else {}
+    return default | {name: value for name, value in said.items() if value is not None}
 
 
 def _knobs(section: PruneSection, coupling: Coupling, timing: Timing | None) -> Knobs:

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kompakt.allotment import gradients
 from kompakt.build.evaluate import reestimate_bn
 from kompakt.build.follow import follow
 from kompakt.build.masking import Moving
@@ -18,6 +17,7 @@ from kompakt.build.settings import TrainSettings
 from kompakt.build.sparse_update import sparse_updated
 from kompakt.data import Data
 from kompakt.errors import InputError
+from kompakt.evidence import evidence
 from kompakt.graph.coupling import Coupling, couple
 from kompakt.graph.graph import Left
 from kompakt.graph.trace import trace
@@ -63,7 +63,7 @@ def sparsified(found: Slim, section: SparsifySection, example: Tensor, data: Dat
     """
     model = copy.deepcopy(found.model)
     tensors = dict(model.named_parameters())
-    inputs = {"grad": gradients(model, data, seed)} if "grad" in saliency(section.criterion).needs else {}
+    inputs = evidence(section.criterion, model, data, seed)
     plan, left = sparse(trace(model, example).graph, tensors, _knobs(section), inputs)
     if section.update == "none":
         keep = masks(plan, tensors, inputs)

@@ -1,6 +1,6 @@
-"""How much each output channel of each layer matters to the predictions: second moments of the loss's gradients."""
+"""How much values inside a model matter to its predictions: second moments of the loss's gradients."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,23 +11,22 @@ from kompakt.graph.trace import Capture
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a graph and sums, for each layer and output channel, the squared gradient at its output."""
+    """Runs a graph and sums, for each op of interest, what is made of the gradient at its output."""
 
-    def __init__(self, capture: Capture, axes: dict[str, int]) -> None:
+    def __init__(self, capture: Capture, reduced: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
         super().__init__(capture.module)
-        self.axes = axes
+        self.reduced = reduced
         self.sums: dict[str, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         found = super().run_node(n)
-        if n.name in self.axes and isinstance(found, Tensor) and found.requires_grad:
+        if n.name in self.reduced and isinstance(found, Tensor) and found.requires_grad:
             # A hook, not ``retain_grad``: an in-place ReLU behind the layer must not count.
             found.register_hook(lambda gradient: self._add(n.name, gradient))
         return found
 
     def _add(self, name: str, gradient: Tensor) -> None:
-        total = gradient.detach().movedim(self.axes[name], 0).flatten(1).double().square().sum(1)
-        self.sums[name] = self.sums.get(name, 0) + total
+        self.sums[name] = self.sums.get(name, 0) + self.reduced[name](gradient.detach())
 
 
 def output_importance(capture: Capture, batches: Iterable[Tensor], seed: int = 0) -> dict[str, Tensor]:
@@ -49,7 +48,41 @@ def output_importance(capture: Capture, batches: Iterable[Tensor], seed: int = 0
         InputError: there is no batch.
     """
     axes = {op.name: -1 if op.kind == "linear" else 1 for op in capture.graph.layers}
-    recorder, generator, count = _Recorder(capture, axes), torch.Generator().manual_seed(seed), 0
+
+    def by_channel(axis: int) -> Callable[[Tensor], Tensor]:
+        return lambda gradient: gradient.movedim(axis, 0).flatten(1).double().square().sum(1)
+
+    return _measured(capture, {name: by_channel(axis) for name, axis in axes.items()}, batches, seed)
+
+
+def value_importance(
+    capture: Capture, names: Iterable[str], batches: Iterable[Tensor], seed: int = 0
+) -> dict[str, Tensor]:
+    """Measure ``E (∂L/∂z)²`` of every value that some ops make, labels drawn from the model's own predictions.
+
+    The diagonal of the Fisher matrix of a block's output, which weighs its errors (BRECQ, Li et al. 2021, arXiv
+    2102.05426, eq. 10, here averaged over the examples).
+
+    Args:
+        capture: a folded float capture; left as it is.
+        names: ops whose outputs have the examples first.
+        batches: inputs, batch first.
+        seed: of the drawn labels.
+
+    Returns:
+        float32 of the shape of one example's output, by the name of the op.
+
+    Raises:
+        InputError: there is no batch.
+    """
+    return _measured(capture, dict.fromkeys(names, lambda gradient: gradient.square().sum(0)), batches, seed)
+
+
+def _measured(
+    capture: Capture, reduced: Mapping[str, Callable[[Tensor], Tensor]], batches: Iterable[Tensor], seed: int
+) -> dict[str, Tensor]:
+    """Return the mean over the examples of what ``reduced`` makes of the gradients."""
+    recorder, generator, count = _Recorder(capture, reduced), torch.Generator().manual_seed(seed), 0
     for inputs in batches:
         with torch.enable_grad():
             logits = recorder.run(inputs.clone().requires_grad_()).flatten(0, -2)

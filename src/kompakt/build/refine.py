@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, fx
 
+from kompakt.build.block_rounding import DROPPED, Blocks
 from kompakt.build.layers import Codebook, Quantizer
 from kompakt.build.quantize import quantizer_of
 from kompakt.build.rate import BIAS_BITS, Rate, rate_distorted
@@ -23,19 +24,22 @@ from kompakt.errors import InputError, KompaktError, PlanError
 from kompakt.graph.fold import set_parameter
 from kompakt.graph.graph import Graph, Op, Value
 from kompakt.graph.trace import Capture, attribute
+from kompakt.numerics.adaround import Annealing, Reconstruction, Rounded, adaround
 from kompakt.numerics.bias import channel_means, corrected_bias
 from kompakt.numerics.codebook import share
 from kompakt.numerics.grid import affine_params, dequantize, saturation_scale, scale_for_bias, snapped
 from kompakt.numerics.moments import Conv, cross_moment, second_moment
 from kompakt.numerics.ranges import weight_range
 from kompakt.numerics.rate_distortion import coarse
-from kompakt.numerics.rounding import Annealing, Reconstruction, adaround, descend, gptq, retarget
+from kompakt.numerics.rounding import descend, gptq, retarget
 from kompakt.numerics.shared import share_for_inputs
 from kompakt.plan.plan import Plan, Quantize, Share
 
-Rounding = Literal["nearest", "gptq", "retarget", "adaround"]
+Rounding = Literal["nearest", "gptq", "retarget", "adaround", "brecq", "qdrop"]
 REFINABLE = frozenset({"conv1d", "conv2d", "conv3d", "linear"})
 ANNEALING = Annealing(iterations=500)
+LEAN = 0.5
+"""Where learning a block begins: half-way between the weights and what rounding layer by layer made of them."""
 PAIRED = 63  # two products of such integers with bytes stay within int16
 ENOUGH_ROWS, WIDEST_STEP = 256, 3
 """Second moments are summed over at least so many positions a column, every third at the sparsest."""
@@ -48,10 +52,11 @@ class Refinement:
     Args:
         rounding: ``nearest`` leaves the weights; ``gptq`` rounds for the layer's inputs; ``retarget`` first moves the
             float weight so that it mends the errors of the layers before, takes its range, then rounds like
-            ``gptq``; ``adaround`` learns for every weight whether to go up or down.
+            ``gptq``; ``adaround`` learns for every weight whether to go up or down; ``brecq`` and ``qdrop`` begin like
+            ``retarget``, then learn so for all weights of a block together (``kompakt.build.block_rounding``).
         bias_correction: mend the mean of each layer's output in its bias.
-        annealing: of ``adaround``.
-        seed: of the batches that ``adaround`` draws.
+        annealing: of what is learned.
+        seed: of the batches that are drawn for it.
         rate: what a bit is worth; with it, ``retarget`` chooses steps and integers by rate and distortion, and biases
             become coarse.
     """
@@ -133,16 +138,25 @@ def refined(
     }
     entries |= {entry.tensor: entry for entry in plan.of(Share)}
     present = {node.name for node in made.graph.nodes}
+    blocks, alone = None, how
+    if how.rounding in DROPPED:
+        blocks = Blocks(original, examples, DROPPED[how.rounding], how.annealing, how.seed)
+        alone = replace(how, rounding="retarget")
     for op in original.graph.layers:
         entry = entries.get(str(op.ref("weight")))
-        if entry is None:
-            continue
         if op.name not in present:
             raise PlanError(f"{op.name}: the quantized model has no such layer; expected two captures of one model")
-        try:
-            _refine(_standing_before(op, entry, original.graph, ours, theirs), ours, theirs, how)
-        except KompaktError as error:
-            raise type(error)(f"{op.name}: {error}") from None
+        if blocks is not None:
+            blocks.before(op.name, ours, theirs)
+        if entry is not None:
+            try:
+                found = _refine(_standing_before(op, entry, original.graph, ours, theirs), ours, theirs, alone)
+            except KompaktError as error:
+                raise type(error)(f"{op.name}: {error}") from None
+            if blocks is not None and found is not None:
+                blocks.add(entry.tensor, found)
+        if blocks is not None:
+            blocks.after(op.name, ours, theirs)
     return Capture(module=made, graph=quantized.graph, example=quantized.example)
 
 
@@ -173,20 +187,28 @@ def _standing_before(op: Op, entry: Quantize | Share, graph: Graph, ours: Stream
     )
 
 
-def _refine(layer: _Layer, ours: Stream, theirs: Stream, how: Refinement) -> None:
-    """Round a layer's weight and correct its bias, in the module of ``ours``, both streams standing before it."""
-    reader = _bias_reader(layer.node)
+def _refine(layer: _Layer, ours: Stream, theirs: Stream, how: Refinement) -> Rounded | None:
+    """Round a layer's weight and correct its bias, in the module of ``ours``, both streams standing before it.
+
+    Returns:
+        What was rounded for the layer's inputs, and to which integers.
+    """
+    reader, found = _bias_reader(layer.node), None
     if how.rounding != "nearest" and _solvable(layer):
         made = layer.made
         if isinstance(made, Codebook):
             weight = _shared(layer, made, how)
         elif how.rounding == "adaround":
             weight = _learned(layer, made, ours.module, theirs.peek(), how)
+        elif how.rate is not None:
+            weight = _weighed(layer, made, ours.module, _targeted(layer, how), how.rate)
         else:
-            weight = _solved(layer, made, ours.module, how)
+            found = _solved(layer, made, ours.module, how)
+            weight = found.on_grid(found.start)
         set_parameter(ours.module, layer.entry.tensor, weight.contiguous())
     if how.bias_correction and layer.alone and reader is not None:
         _correct_bias(layer, str(reader.target), ours, theirs, how.rate)
+    return found
 
 
 def _solvable(layer: _Layer) -> bool:
@@ -199,8 +221,8 @@ def _solvable(layer: _Layer) -> bool:
 def _shared(layer: _Layer, made: Codebook, how: Refinement) -> Tensor:
     """Choose the codebook of a layer for its inputs, and return the weight that it stands for."""
     assert isinstance(layer.entry, Share)
-    if how.rounding == "adaround":
-        raise InputError("adaround learns to round up or down, which a codebook does not; use retarget or gptq")
+    if how.rounding not in ("retarget", "gptq"):
+        raise InputError(f"{how.rounding} learns to round up or down, which a codebook does not; use retarget or gptq")
     weight, hessian = _targeted(layer, how)
     importance = hessian.diagonal(dim1=1, dim2=2).repeat_interleave(len(weight) // len(hessian), dim=0)
     start = share(
@@ -230,16 +252,14 @@ def _targeted(layer: _Layer, how: Refinement) -> tuple[Tensor, Tensor]:
     return weight, hessian
 
 
-def _solved(layer: _Layer, made: Quantizer, module: fx.GraphModule, how: Refinement) -> Tensor:
-    """Return the layer's weight on its grid, rounded for its inputs; one that moved gets a range of its own."""
+def _solved(layer: _Layer, made: Quantizer, module: fx.GraphModule, how: Refinement) -> Rounded:
+    """Round the layer's weight for its inputs; one that moved gets a range of its own."""
     weight, hessian = _targeted(layer, how)
-    if how.rate is not None:
-        return _weighed(layer, made, module, (weight, hessian), how.rate)
     if how.rounding == "retarget":
         _set_grid(layer, made, weight, module)
     params = (made.scale, made.zero_point, made.spec)
     q = descend(weight, gptq(weight, hessian, *params), hessian, params)
-    return dequantize(q, *params)
+    return Rounded(weight=weight, start=q, scale=made.scale, zero_point=made.zero_point, spec=made.spec, lean=LEAN)
 
 
 def _weighed(

@@ -44,13 +44,18 @@ class Stream:
         """Return the value of a node that has run and has readers ahead, for each batch."""
         return self._values[node]
 
+    def replace(self, node: fx.Node, values: list[Tensor]) -> None:
+        """Let what follows read other values of a node that has run and has readers ahead."""
+        assert node in self._values, f"nothing reads {node.name} any more"
+        self._values[node] = list(values)
+
     def peek(self) -> list[Tensor]:
         """Compute the next node without leaving it behind, for each batch."""
         run = self._ready(self._todo[0])
         return [run(index) for index in range(len(self._batches))]
 
     def _run(self, node: fx.Node) -> None:
-        if node.op == "output" or _is_constant(node):
+        if node.op == "output" or is_constant(node):
             return
         if node.op == "placeholder":
             self._values[node] = list(self._batches)
@@ -69,7 +74,7 @@ class Stream:
 
     def _ready(self, node: fx.Node) -> Callable[[int], Any]:
         """Return what computes a node for the batch of an index; tensors of the model are read once."""
-        constants = {item: self._constant(item) for item in node.all_input_nodes if _is_constant(item)}
+        constants = {item: self._constant(item) for item in node.all_input_nodes if is_constant(item)}
 
         def run(index: int) -> Any:
             def load(item: fx.Node) -> Any:
@@ -92,12 +97,12 @@ class Stream:
             return called(*args, **kwargs)
 
 
-def _is_constant(node: fx.Node) -> bool:
+def is_constant(node: fx.Node) -> bool:
     """Whether a node depends on the model's tensors alone: a weight, a bias, their rounded forms."""
     if node.op == "get_attr":
         return True
     inputs = node.all_input_nodes
-    return node.op == "call_module" and len(inputs) == 1 and _is_constant(inputs[0])
+    return node.op == "call_module" and len(inputs) == 1 and is_constant(inputs[0])
 
 
 def peak_bytes(graph: Graph, batch: int) -> int:

@@ -27,7 +27,7 @@ class IntegerOptions:
         Literal["minmax", "moving", "percentile", "mse", "kl"], typer.Option(help="range estimator")
     ] = "mse"
     rounding: Annotated[
-        Literal["nearest", "gptq", "retarget", "adaround"] | None,
+        Literal["nearest", "gptq", "retarget", "adaround", "brecq", "qdrop"] | None,
         typer.Option(help="how weights are rounded; default: retarget at 4 bits or fewer, else nearest"),
     ] = None
     rate: Annotated[

@@ -11,7 +11,7 @@ from kompakt.cli.training import TrainingOptions
 from kompakt.errors import InputError
 from kompakt.plan.recipe import SparseTrainingSection, SparsifySection
 
-SINGLE = ("magnitude", "lamp", "sensitivity")
+SINGLE = ("magnitude", "lamp", "sensitivity", "obd", "wanda")
 """Criteria of single weights; where channels go as well, ``--criterion`` is theirs and weights go by magnitude."""
 
 
@@ -59,7 +59,7 @@ class SparsityOptions:
             raise InputError(f"--block {self.block}: expected a size for each dimension, such as 4,4")
         single = criterion if alone and criterion != "l2" else "magnitude"
         if single not in SINGLE:
-            raise InputError(f"--criterion {single}: scores channels; for single weights use {', '.join(SINGLE)}")
+            raise InputError(f"--criterion {single}: not for single weights; they take {', '.join(SINGLE)}")
         return SparsifySection(
             sparsity=self.unstructured,
             n_of_m=self.nm,

@@ -60,18 +60,19 @@ def mixed(
     values = {name: prod(graph.by_name[name].shape[1:]) for name, like in sites.items() if like is None}
     costs: dict[str, NamedCost[str, int]] = {}
     if budgets.average_bits is not None:
-        costs["bits of weights"] = _stored(errors, weights, 1.0, budgets.average_bits * sum(weights.values()))
+        costs["average bits of weights"] = _stored(errors, weights, 1 / sum(weights.values()), budgets.average_bits)
     if budgets.max_bytes is not None:
         costs["bytes"] = _stored(errors, weights, 1 / 8, float(budgets.max_bytes))
     if budgets.average_activation_bits is not None:
         known = {name: count for name, count in values.items() if name in errors}
         if not known:
             raise InputError("average activation bits: no activation's error was measured")
-        limit = budgets.average_activation_bits * sum(known.values())
-        costs["bits of activations"] = _stored(errors, known, 1.0, limit)
+        share = 1 / sum(known.values())
+        costs["average bits of activations"] = _stored(errors, known, share, budgets.average_activation_bits)
     if budgets.fewer_bops is not None:
         owners = {op.name: range_owner(sites, str(op.ref("input"))) for op in layers}
-        costs["bit operations"] = _bops(errors, layers, owners, activation_bits, budgets.fewer_bops)
+        found = _bops(errors, layers, owners, activation_bits, budgets.fewer_bops)
+        costs["bit operations as a share of those at 8 bits"] = found
     return assign(errors, costs, maximise=False).choice
 
 
@@ -84,13 +85,12 @@ def _stored(errors: Errors, counts: Mapping[str, int], unit: float, budget: floa
 def _bops(
     errors: Errors, layers: tuple[Op, ...], owners: Mapping[str, str], activation_bits: int, fewer: float
 ) -> NamedCost[str, int]:
-    """The bit operations of all layers; in millions, so that the solver's numbers stay small."""
+    """The bit operations of all layers, as a share of those at 8 and 8 bits."""
     single: dict[str, dict[int, float]] = {}
     pairs: dict[tuple[str, str], dict[tuple[int, int], float]] = {}
-    total = 0.0
+    total = max(sum(op.macs for op in layers), 1) * 64
     for op in layers:
-        weight, source, macs = str(op.ref("weight")), owners[op.name], op.macs / 1e6
-        total += macs * 64
+        weight, source, macs = str(op.ref("weight")), owners[op.name], op.macs / total
         if source in errors:
             table = pairs.setdefault((weight, source), {})
             for a in errors[weight]:
@@ -100,7 +100,7 @@ def _bops(
             row = single.setdefault(weight, {})
             for a in errors[weight]:
                 row[a] = row.get(a, 0.0) + macs * a * activation_bits
-    return NamedCost(options=single, pairs=pairs, budget=total / fewer)
+    return NamedCost(options=single, pairs=pairs, budget=1 / fewer)
 
 
 def ends(graph: Graph, rules: Rules, keep: frozenset[str]) -> dict[str, int]:

@@ -10,6 +10,9 @@ from kompakt.errors import InputError
 from kompakt.graph.coupling import Coupling, Group, Member
 from kompakt.numerics.saliency import channel_scores, normalise, reduce, saliency
 
+PER_MEMBER = frozenset({"grad", "curvature", "input_norm", "activations"})
+"""What criteria need of each tensor beside itself."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scoring:
@@ -38,6 +41,7 @@ def unit_scores(
     tensors: Mapping[str, Tensor],
     scoring: Scoring = Scoring(),
     grads: Mapping[str, Tensor] | None = None,
+    measured: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> dict[str, Tensor]:
     """Score every unit of every group; the larger, the more worth keeping.
 
@@ -46,6 +50,8 @@ def unit_scores(
         tensors: parameters and buffers by name (``dict(model.state_dict())``).
         scoring: the criterion and its knobs.
         grads: gradients by the parameters' names, for criteria that need them.
+        measured: what else criteria need (``kompakt.evidence``): ``curvature`` and ``input_norm`` in the shape of the
+            parameter, ``activations`` (C, N) of the channels that a weight makes: need → parameter → tensor.
 
     Returns:
         Group name → (size,) scores.
@@ -56,18 +62,18 @@ def unit_scores(
     needs = saliency(scoring.criterion).needs
     if scoring.members not in ("all", "make"):
         raise InputError(f"members {scoring.members!r} is unknown; use all or make")
-    unmet = [need for need in needs if need not in ("weight", "scale", "generator", "grad")]
-    if unmet:
+    if "hessian" in needs:
         raise InputError(
-            f"criterion {scoring.criterion!r} needs {', '.join(unmet)}; it scores single weights, not coupled channels"
+            f"criterion {scoring.criterion!r} needs hessian; it scores single weights, not coupled channels"
         )
-    if "grad" in needs and not grads:
+    known = {"grad": grads or {}, **(measured or {})}
+    if "grad" in needs and not known["grad"]:
         raise InputError(f"criterion {scoring.criterion!r} needs gradients; give data to compute them from")
+    unmet = [need for need in needs if need in PER_MEMBER and need not in known]
+    if unmet:
+        raise InputError(f"criterion {scoring.criterion!r} needs {', '.join(unmet)}; give data to measure it on")
     generator = torch.Generator().manual_seed(scoring.seed)
-    return {
-        group.name: _group_scores(coupling, group, tensors, scoring, grads or {}, generator)
-        for group in coupling.groups
-    }
+    return {group.name: _group_scores(coupling, group, tensors, scoring, known, generator) for group in coupling.groups}
 
 
 def _group_scores(
@@ -75,21 +81,21 @@ def _group_scores(
     group: Group,
     tensors: Mapping[str, Tensor],
     scoring: Scoring,
-    grads: Mapping[str, Tensor],
+    known: Mapping[str, Mapping[str, Tensor]],
     generator: torch.Generator,
 ) -> Tensor:
     needs = saliency(scoring.criterion).needs
     scored = []
     for member in _scored(coupling, group, scoring):
-        weight = _folded(coupling, member, tensors) if scoring.folded and member.makes else tensors[member.tensor]
+        if any(need in PER_MEMBER and member.tensor not in known[need] for need in needs):
+            continue
+        folds = scoring.folded and member.makes and "curvature" not in needs  # which is that of the weight itself
+        weight = _folded(coupling, member, tensors) if folds else tensors[member.tensor]
         rows = unit_rows(member, weight)
         inputs: dict[str, Tensor | torch.Generator] = {"weight": rows, "generator": generator}
         if "scale" in needs:
             inputs["scale"] = rows.square().mean(1).sqrt()
-        if "grad" in needs:
-            if member.tensor not in grads:
-                continue
-            inputs["grad"] = unit_rows(member, grads[member.tensor])
+        inputs |= {need: unit_rows(member, known[need][member.tensor]) for need in needs if need in PER_MEMBER}
         scored.append(channel_scores(scoring.criterion, **inputs).double())
     if not scored:
         scored = [torch.ones(group.size, dtype=torch.float64)]
@@ -105,7 +111,7 @@ def _scored(coupling: Coupling, group: Group, scoring: Scoring) -> list[Member]:
         if found:
             return found
     weights = [member for member in params if len(coupling.graph.tensor[member.tensor].shape) > 1] or params
-    if scoring.members == "make":
+    if scoring.members == "make" or "activations" in saliency(scoring.criterion).needs:
         return [member for member in weights if member.makes] or weights
     return weights
 

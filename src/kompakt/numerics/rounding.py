@@ -1,15 +1,13 @@
-"""Rounding that looks at the layer's output, not at the weight: AdaRound and GPTQ.
+"""Rounding that looks at the layer's output, not at the weight: GPTQ, and descent from any start.
 
 Rounding to nearest is the best for each weight and not for the layer: with second moments ``H = Σ x xᵀ`` of
 the layer's inputs (``kompakt.numerics.moments``), the output error of integers ``q`` is ``Σ_rows e H eᵀ`` with
 ``e = w - ŵ(q)``. Where the spec asks for integers without int16 saturation, all keep to ``saturation_bounds``.
 
-References: Nagel, Amjad, van Baalen, Louizos, Blankevoort 2020 (AdaRound), arXiv 2004.10568; Frantar, Ashkboos,
-Hoefler, Alistarh 2022 (GPTQ), arXiv 2210.17323.
+Reference: Frantar, Ashkboos, Hoefler, Alistarh 2022 (GPTQ), arXiv 2210.17323. Rounding that is learned:
+``kompakt.numerics.adaround``.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -19,7 +17,6 @@ from kompakt.errors import InputError
 from kompakt.numerics.grid import dequantize, expand, quantize, saturation_bounds
 from kompakt.spec import QuantSpec
 
-STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1
 MOST_DAMPING = 10.0
 
 
@@ -76,8 +73,8 @@ def gptq(
     factor = inverse_factor(_permuted(hessian, order), damp)
     layout = (groups, w.shape[0] // groups, width)
     columns = order[:, None].expand(layout)
-    facts = (each.reshape(layout).gather(2, columns) for each in _facts(w, scale, zero_point, spec))
-    q = sweep(w.detach().float().reshape(layout).gather(2, columns), factor, _Grid(*facts), block)
+    known = (each.reshape(layout).gather(2, columns) for each in facts(w, scale, zero_point, spec))
+    q = sweep(w.detach().float().reshape(layout).gather(2, columns), factor, Grid(*known), block)
     return torch.empty_like(q).scatter_(2, columns, q).reshape(w.shape)
 
 
@@ -117,7 +114,7 @@ def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
     raise InputError(f"second moments cannot be factored even with damping {MOST_DAMPING:g}; use more inputs")
 
 
-class _Grid(NamedTuple):
+class Grid(NamedTuple):
     """Scale, zero point, lowest and highest integer of every weight, ``(groups, rows, columns)``."""
 
     scale: Tensor
@@ -132,7 +129,7 @@ class _Grid(NamedTuple):
         return q.to(torch.int32), (q - zero_point) * scale
 
 
-def _facts(w: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> tuple[Tensor, ...]:
+def facts(w: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> tuple[Tensor, ...]:
     """Return scale, zero point, lowest and highest integer of every weight, as floats of its shape."""
     shape = tuple(w.shape)
     params = tuple(expand(each, shape, spec.granularity).float() for each in (scale, zero_point))
@@ -178,7 +175,7 @@ def descend(
     """
     scale, zero_point, spec = params
     layout = (hessian.shape[0], -1, hessian.shape[-1])
-    grid = _Grid(*(each.reshape(layout) for each in _facts(w, scale, zero_point, spec)))
+    grid = Grid(*(each.reshape(layout) for each in facts(w, scale, zero_point, spec)))
     approximation = dequantize(q, scale, zero_point, spec).reshape(layout)
     best = descended(w.detach().float().reshape(layout), approximation, hessian, grid, sweeps, block)
     return quantize(best.reshape(w.shape), scale, zero_point, spec)
@@ -226,115 +223,3 @@ def _best_columns(
         slope -= moved[:, :, at, None] * inside[:, at, None]
         approximation[:, :, start + at] = best
     return moved
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reconstruction:
-    """What a layer should do: ``layer(inputs, weight)`` should give ``targets``.
-
-    Args:
-        layer: pure function of inputs and weight, bias and what follows (a ReLU) included.
-        inputs: ``(N, …)``, as the layer will see them in the quantized model.
-        targets: ``(N, …)``, the outputs in the float model.
-    """
-
-    layer: Callable[[Tensor, Tensor], Tensor]
-    inputs: Tensor
-    targets: Tensor
-
-    def error(self, weight: Tensor, batch: int = 64) -> float:
-        """Mean over the examples of the summed squared error of the outputs."""
-        with torch.no_grad():
-            parts = zip(self.inputs.split(batch), self.targets.split(batch), strict=True)
-            total = sum(float((self.layer(x, weight) - y).double().square().sum()) for x, y in parts)
-        return total / max(len(self.inputs), 1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Annealing:
-    """How AdaRound searches.
-
-    Args:
-        iterations: steps of Adam.
-        batch: examples in a step, drawn with the generator.
-        learning_rate: of Adam.
-        weight: λ, of the mean over the weights of the term that pushes each up or down, beside an output
-            error whose unit is that of rounding to nearest.
-        warm: share of the iterations without that term.
-        beta: exponent of that term, from and to, along a cosine.
-    """
-
-    iterations: int = 1000
-    batch: int = 32
-    learning_rate: float = 0.03
-    weight: float = 20.0
-    warm: float = 0.2
-    beta: tuple[float, float] = (20.0, 2.0)
-
-    def beta_at(self, step: int) -> float:
-        """The exponent at a step after the warm start."""
-        start = self.warm * self.iterations
-        share = (step - start) / max(self.iterations - start, 1)
-        return self.beta[1] + (self.beta[0] - self.beta[1]) * 0.5 * (
-            1 + float(torch.cos(torch.tensor(share * torch.pi)))
-        )
-
-
-def adaround(
-    w: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    spec: QuantSpec,
-    problem: Reconstruction,
-    annealing: Annealing,
-    generator: torch.Generator,
-) -> Tensor:
-    """Learn, for every weight, whether to round down or up, so that the layer's outputs are kept.
-
-    Minimizes ``‖layer(x, ŵ) - y‖² / E + λ · mean(1 - |2h - 1|^β)`` over ``v``, where
-    ``ŵ = s · (clamp(floor(w / s) + h + z) - z)``, ``h = clamp(1.2 · sigmoid(v) - 0.1, 0, 1)`` and ``E`` is the
-    error of rounding to nearest, which makes λ free of units. At the start ``ŵ = w``; at the end
-    ``h ≥ 1/2`` rounds up. Rounding to nearest is returned where it is better on ``problem``.
-
-    Args:
-        w: weight.
-        scale: of the shape that the spec's granularity asks for.
-        zero_point: same.
-        spec: the integers.
-        problem: the layer, its inputs and targets.
-        annealing: iterations, batch, rates.
-        generator: draws the batches.
-
-    Returns:
-        Integers, int32, of the shape of ``w``.
-    """
-    nearest = quantize(w, scale, zero_point, spec)
-    start = problem.error(dequantize(nearest, scale, zero_point, spec))
-    if start == 0:
-        return nearest
-    grid = _Grid(*_facts(w, scale, zero_point, spec))
-    steps = w.detach().float() / grid.scale
-    share = (steps - steps.floor()).clamp(1e-4, 1 - 1e-4)
-    v = torch.logit((share - STRETCH_LOW) / (STRETCH_HIGH - STRETCH_LOW)).requires_grad_()
-    optimizer = torch.optim.Adam([v], lr=annealing.learning_rate)
-    for step in range(annealing.iterations):
-        picked = torch.randint(len(problem.inputs), (annealing.batch,), generator=generator)
-        optimizer.zero_grad()
-        h = _up(v)
-        output = problem.layer(problem.inputs[picked], _between(steps.floor(), h, grid))
-        loss = (output - problem.targets[picked]).square().sum() / (annealing.batch * start)
-        if step >= annealing.warm * annealing.iterations:
-            loss = loss + annealing.weight * (1 - (2 * h - 1).abs().pow(annealing.beta_at(step))).mean()
-        loss.backward()
-        optimizer.step()
-    hard = (_up(v.detach()) >= 0.5).float()
-    learned = (steps.floor() + hard + grid.zero_point).clamp(grid.low, grid.high).to(torch.int32)
-    return learned if problem.error(dequantize(learned, scale, zero_point, spec)) < start else nearest
-
-
-def _up(v: Tensor) -> Tensor:
-    return (torch.sigmoid(v) * (STRETCH_HIGH - STRETCH_LOW) + STRETCH_LOW).clamp(0, 1)
-
-
-def _between(floor: Tensor, h: Tensor, grid: _Grid) -> Tensor:
-    return grid.scale * ((floor + h + grid.zero_point).clamp(grid.low, grid.high) - grid.zero_point)

@@ -54,7 +54,7 @@ class QuantizeSection(Section):
     dynamic: bool = False
     equalize: bool | None = None
     bias_correction: bool = False
-    rounding: Literal["nearest", "gptq", "retarget", "adaround"] | None = None
+    rounding: Literal["nearest", "gptq", "retarget", "adaround", "brecq", "qdrop"] | None = None
     calibration_examples: int = Field(default=512, ge=1)
     keep: tuple[str, ...] = ()
 
@@ -69,10 +69,11 @@ class PruneSection(Section):
 
     One of ``channels`` (the share that goes), ``fewer_macs`` and ``fewer_params`` (how many times fewer)
     and, with the latency allocation, ``times_faster`` or ``max_latency_ms`` says how far. The score of a channel is
-    ``criterion``, how much goes where is ``allocation``: where nothing is said, ``sensitivity`` with data, else
-    ``global``. Widths become multiples of ``align``: ``auto`` measures which, and is what the latency allocation does
-    where nothing is said. With ``reconstruct`` the layers that lost inputs are refitted on
-    data; else batch norms are estimated anew. ``drop_blocks`` residual blocks go first, those whose loss
+    ``criterion`` (``reduction`` over what is coupled, ``normalisation`` between groups), how much goes where is
+    ``allocation``: where nothing is said, ``sensitivity`` with data, else ``global``. Widths become multiples of
+    ``align``: ``auto`` measures which, and is what the latency allocation does where nothing is said. With
+    ``reconstruct`` the layers that lost inputs are refitted on data; else batch norms are estimated anew.
+    ``drop_blocks`` residual blocks go first, those whose loss
     costs least. ``rounds`` prunes in so many steps, training between them.
     """
 
@@ -84,6 +85,8 @@ class PruneSection(Section):
     drop_blocks: int = Field(default=0, ge=0)
     rounds: int = Field(default=1, ge=1)
     criterion: str = "l2"
+    reduction: Literal["sum", "mean", "max", "norm", "first", "product"] | None = None
+    normalisation: Literal["none", "mean", "max", "sum", "standardise", "size"] | None = None
     allocation: Literal["uniform", "global", "knapsack", "sensitivity", "latency"] | None = None
     align: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
     min_width: int = Field(default=4, ge=1)
@@ -105,7 +108,7 @@ class SparsifySection(Section):
 
     sparsity: float | None = Field(default=None, gt=0, lt=1)
     n_of_m: str | None = Field(default=None, pattern=r"^[1-9]\d*:[1-9]\d*$")
-    criterion: Literal["magnitude", "lamp", "sensitivity"] = "magnitude"
+    criterion: Literal["magnitude", "lamp", "sensitivity", "obd", "wanda"] = "magnitude"
     scope: Literal["layer", "global"] = "layer"
     block: tuple[Annotated[int, Field(ge=1)], ...] = ()
     kernels: bool = False
