@@ -237,7 +237,7 @@ def _space(job: Job, asked: Asked, ledger: Ledger, original: Original) -> tuple[
     if not epochs and asked.minutes is not None:
         priced = 1.0 if asked.objective == "latency" else PRICED_COST
         affordable = asked.minutes * 60 * TRAINED_SHARE / (priced * seconds / HALVED)
-        epochs = max(int(affordable / TRAINED), int(affordable >= 1))
+        epochs = max(round(affordable / TRAINED), int(affordable >= 1))
     example = next(iter(job.data.train.batches(2, limit=2)))[0]
     blocks = min(2, len(residual_blocks(trace(job.model, example).graph)))
     space = Space(
