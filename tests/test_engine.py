@@ -602,3 +602,10 @@ def test_a_round_goes_on_from_the_network_before_it_and_the_recipe_makes_it_agai
 def test_rounds_that_do_not_lead_to_the_recipe_are_one_line(text: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
         Recipe.from_toml(text)
+
+
+def test_widths_are_what_the_runtime_likes_unless_a_group_is_too_narrow(net, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(module, "alignment", lambda coupling, times: 16)
+    explore(job(net, tmp_path), Asked(candidates=2))  # its groups have 16 channels: 8 leaves two widths
+    assert journal(tmp_path).user_attrs["space"]["align"] == 8
+    assert Recipe.read(folder_of(tmp_path, 1) / "recipe.toml").prune.align == 8

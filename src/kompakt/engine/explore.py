@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 
+from kompakt.alignment import alignment
 from kompakt.engine.candidate import CANDIDATES, Original, all_tried, failed, folder_of, kept, verify
 from kompakt.engine.choice import Choice
 from kompakt.engine.effort import PRICED_COST, Effort, begun, epoch_cost
@@ -15,6 +16,7 @@ from kompakt.engine.shipping import shipped
 from kompakt.engine.strategy import Objective, Space, propose, within_reach
 from kompakt.engine.views import augmentation
 from kompakt.errors import InputError, KompaktError
+from kompakt.graph.coupling import Coupling, couple
 from kompakt.graph.fold import fold
 from kompakt.graph.trace import trace
 from kompakt.job import Job
@@ -23,6 +25,7 @@ from kompakt.measure.expected import beliefs
 from kompakt.measure.latency import interleave
 from kompakt.measure.result import Result, Tried
 from kompakt.methods.blocks import residual_blocks
+from kompakt.plan.recipe import PruneSection, Recipe
 
 TRAINED_SHARE, TRAINED, HALVED, MOST_EPOCHS = 0.7, 3, 2, 30
 """Of the effort, so much is for training, shared by about so many networks that cost half as much as the original."""
@@ -75,8 +78,7 @@ def explore(job: Job, asked: Asked) -> Result:
     original = _original(job)
     ledger = open_ledger(job.out, asked.study, _identity(job, asked), job.seed)
     space, seconds = _space(job, asked, ledger, original)
-    finetune = job.recipe.finetune.model_copy(update={"channels_last": space.channels_last, "augment": space.augment})
-    job = replace(job, recipe=job.recipe.model_copy(update={"finetune": finetune}))
+    job = replace(job, recipe=_settled(job.recipe, space))
     search = _Search(
         job=job,
         asked=asked,
@@ -218,6 +220,14 @@ def _identity(job: Job, asked: Asked) -> dict[str, str]:
     }
 
 
+def _settled(recipe: Recipe, space: Space) -> Recipe:
+    """Return the user's recipe with what was decided once for the study, where it leaves that open."""
+    finetune = {"channels_last": space.channels_last, "augment": space.augment}
+    prune = recipe.prune or PruneSection(allocation="sensitivity")
+    prune = prune if "align" in prune.model_fields_set else prune.model_copy(update={"align": space.align})
+    return recipe.model_copy(update={"finetune": recipe.finetune.model_copy(update=finetune), "prune": prune})
+
+
 def _space(job: Job, asked: Asked, ledger: Ledger, original: Original) -> tuple[Space, float]:
     """Decide what may be tried, and what an epoch costs, once for a study: whoever goes on with it must do the same."""
     known = ledger.study.user_attrs.get("space")
@@ -238,19 +248,30 @@ def _space(job: Job, asked: Asked, ledger: Ledger, original: Original) -> tuple[
         priced = 1.0 if asked.objective == "latency" else PRICED_COST
         affordable = asked.minutes * 60 * TRAINED_SHARE / (priced * seconds / HALVED)
         epochs = max(round(affordable / TRAINED), int(affordable >= 1))
-    example = next(iter(job.data.train.batches(2, limit=2)))[0]
-    blocks = min(2, len(residual_blocks(trace(job.model, example).graph)))
+    graph = trace(job.model, next(iter(job.data.train.batches(2, limit=2)))[0]).graph
+    align = 1 if asked.objective == "size" else _alignment(job, couple(graph))
     space = Space(
         objective=asked.objective,
         max_drop=1.0 if limit is None else limit,
         epochs=min(epochs, MOST_EPOCHS),
-        blocks=blocks,
+        blocks=min(2, len(residual_blocks(graph))),
+        align=align,
         channels_last=channels_last,
         augment=augment,
     ).fitted(sum(parameter.numel() for parameter in job.model.parameters()))
     ledger.study.set_user_attr("epoch_seconds", seconds)
     ledger.study.set_user_attr("space", vars(space))
     return space, seconds
+
+
+def _alignment(job: Job, coupling: Coupling) -> int:
+    """Measure what widths should be multiples of; every group of channels keeps two widths at least to choose from."""
+    job.say("timing layers at widths that are multiples of 2 to 16")
+    narrowest = min((group.size for group in coupling.groups), default=1)
+    liked = alignment(coupling, job.timing.layers)
+    while liked > max(1, narrowest // 2):
+        liked //= 2
+    return liked
 
 
 def _limits(job: Job, asked: Asked, original: Original) -> Limits:

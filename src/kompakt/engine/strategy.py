@@ -48,6 +48,7 @@ class Space:
         epochs: of training, in every round; 0 trains nothing.
         most: the largest factor of multiplications.
         blocks: residual blocks that may be dropped.
+        align: what widths are multiples of.
         channels_last: the layout that networks are trained in.
         augment: what training makes of images.
         rates: nats of divergence that a bit may cost, ascending.
@@ -59,6 +60,7 @@ class Space:
     epochs: int = 0
     most: float = 8.0
     blocks: int = 0
+    align: int = 1
     channels_last: bool = False
     augment: str = "none"
     rates: tuple[float, ...] = rates_for(270_000)
