@@ -122,8 +122,9 @@ class FinetuneSection(Section):
     The loss is ``(1 - distill) · cross entropy + distill · Σ weight · term`` over the terms of ``[distill]``,
     soft targets at ``temperature`` where it says nothing. ``teacher`` is ``original``, ``none``, an ONNX file, or
     several of them, mixed evenly. ``rate`` trains weights as the integers that the file will hold: so many nats of
-    the loss are worth a bit of it (``kompakt.numerics.priced``). With ``checkpoint`` a run that was stopped goes on
-    from where it was. ``compile`` compiles the step of the training (``TrainSettings.compile``).
+    the loss are worth a bit of it (``kompakt.numerics.priced``); over the share ``rise`` of the training the price rises
+    to it, 0 begins at it. With ``checkpoint`` a run that was stopped goes on from where it was. ``compile`` compiles
+    the step of the training (``TrainSettings.compile``).
     """
 
     epochs: int = Field(default=0, ge=0)
@@ -139,6 +140,7 @@ class FinetuneSection(Section):
     checkpoint: bool = False
     tensorboard: bool = False
     rate: float | None = Field(default=None, gt=0)
+    rise: float = Field(default=0.0, ge=0, lt=1)
 
 
 class SparseTrainingSection(FinetuneSection):
