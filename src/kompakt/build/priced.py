@@ -140,7 +140,7 @@ def rising(rise: float, steps: int, first: float = FIRST) -> Callable[[nn.Module
 
 
 def priced_bits(rate: float) -> Callable[[nn.Module], Tensor]:
-    """Return a regulariser for the training loop: the bits of all such weights at their price, ``rate`` the full one."""
+    """Return a regulariser for the training loop: the bits of all such weights at what they cost, fully ``rate``."""
 
     def term(model: nn.Module) -> Tensor:
         return rate * torch.stack([made.share * made.bits(weight) for made, weight in latents(model).values()]).sum()

@@ -122,8 +122,8 @@ class FinetuneSection(Section):
     The loss is ``(1 - distill) · cross entropy + distill · Σ weight · term`` over the terms of ``[distill]``,
     soft targets at ``temperature`` where it says nothing. ``teacher`` is ``original``, ``none``, an ONNX file, or
     several of them, mixed evenly. ``rate`` trains weights as the integers that the file will hold: so many nats of
-    the loss are worth a bit of it (``kompakt.numerics.priced``); over the share ``rise`` of the training the price rises
-    to it, 0 begins at it. With ``checkpoint`` a run that was stopped goes on from where it was. ``compile`` compiles
+    the loss are worth a bit of it (``kompakt.numerics.priced``); the price rises to it over the share ``rise`` of the
+    training, 0 begins at it. With ``checkpoint`` a run that was stopped goes on from where it was. ``compile`` compiles
     the step of the training (``TrainSettings.compile``).
     """
 
