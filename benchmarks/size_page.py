@@ -42,7 +42,10 @@ learned, fitted anew every 100 steps). The loss gains `rate · bits`; between in
 it has a slope. Training begins at the integers and steps that rate–distortion quantization chooses at the same price,
 carried back from the folded network to the user's own class. Each forward pass rounds by `argmin ½ (z − q)² + (ln 2 /
 12) · bits(q)`, `z` the weight in steps: what a bit is worth in squared steps follows from how steps are chosen.
-Gradients go straight through. It is one more term and one more hook of the one training loop, so teachers, pruned
+Gradients go straight through. A price that a network cannot bear at once is reached step by step: with
+`[finetune] rise = 0.6` training begins at 3 % of the price, and over the first 60 % of the steps the price rises evenly
+in its logarithm, the weights' steps with its root (gradual pruning, Zhu and Gupta 2017, arXiv 1710.01878, at a price in
+place of a share). It is one more term and one more hook of the one training loop, so teachers, pruned
 channels and masks of single weights go with it; a codebook does not. At the end weights lie on their grids, and what is
 exported from them keeps the integers (range `lattice`): `pack`, and `compress` with 8-bit activations too.
 See `kompakt.numerics.priced`, `kompakt.build.priced`; on MNIST, beside Deep

@@ -196,6 +196,9 @@ def test_a_recipe_says_what_a_bit_is_worth() -> None:
     for text in ("[finetune]\nrate = 0", "[qat]\nrate = 1e-6"):
         with pytest.raises(InputError, match="rate"):
             Recipe.from_toml(text)
+    for text in ("[finetune]\nrise = 1", "[finetune]\nrise = -0.1", "[qat]\nrise = 0.5"):
+        with pytest.raises(InputError, match="rise"):
+            Recipe.from_toml(text)
 
 
 def test_weights_are_trained_in_any_layout() -> None:

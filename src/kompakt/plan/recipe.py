@@ -157,6 +157,7 @@ class SparseTrainingSection(FinetuneSection):
     share: float = Field(default=0.5, gt=0, lt=1)
     epochs: int = Field(default=1, ge=1)
     rate: None = None
+    rise: Literal[0] = 0
 
 
 class TermSection(Section):
@@ -199,6 +200,7 @@ class QatSection(FinetuneSection):
 
     learning_rate: float = Field(default=0.01, gt=0)
     rate: None = None
+    rise: Literal[0] = 0
     channels_last: bool = True
     weights: Literal["steps", "ternary", "binary"] = "steps"
 
