@@ -3,7 +3,7 @@
 Han, Mao, Dally 2016 (arXiv 1510.00149): prune, share weights by k-means, code by Huffman, training after each of the
 first two. LeNet-300-100 and LeNet-5 are trained here, every stage is measured, and the stages' bytes are counted as
 the paper counts them (``examples.deep_stages``). Then the same networks are trained for rate: integers at the prices of
-kompakt's coder, several prices of a bit, of which the validation split picks one.
+kompakt's coder, which rise over the training; of several prices of a bit the validation split picks one.
 
 Accuracies are of ONNX Runtime on files read back from ``.kpk``, on the 10,000 test images; the drop is against the
 network as first trained. Cells are written as they are done to ``benchmarks/results/deep_compression.jsonl`` and not
