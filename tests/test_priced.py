@@ -1,5 +1,6 @@
 """Laws of training for rate: integers at the coder's prices, found again in the file."""
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -11,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from kompakt.artifact.container import Reader
-from kompakt.build.priced import Start, attach, latents, priced_bits, refit, settle, trainable
+from kompakt.build.priced import Start, attach, latents, priced_bits, refit, rising, settle, trainable
+from kompakt.build.train import Hooks, Loader, TrainSettings, train
 from kompakt.cli import main
 from kompakt.coding.rate import rate_model
 from kompakt.errors import InputError
 from kompakt.numerics.grid import affine_params
 from kompakt.numerics.lattice import lattice
-from kompakt.numerics.priced import SHIFT, priced, priced_round
+from kompakt.numerics.priced import SHIFT, price_share, priced, priced_round
 from kompakt.numerics.ranges import weight_range
 from kompakt.plan.recipe import Recipe
 from kompakt.spec import PerChannel, QuantSpec
@@ -194,6 +196,9 @@ def test_a_recipe_says_what_a_bit_is_worth() -> None:
     for text in ("[finetune]\nrate = 0", "[qat]\nrate = 1e-6"):
         with pytest.raises(InputError, match="rate"):
             Recipe.from_toml(text)
+    for text in ("[finetune]\nrise = 1", "[finetune]\nrise = -0.1", "[qat]\nrise = 0.5"):
+        with pytest.raises(InputError, match="rise"):
+            Recipe.from_toml(text)
 
 
 def test_weights_are_trained_in_any_layout() -> None:
@@ -207,3 +212,65 @@ def test_weights_are_trained_in_any_layout() -> None:
     refit(model, 0)
     assert torch.allclose(model(x.contiguous(memory_format=torch.channels_last)), expected, atol=1e-5)
     assert torch.allclose(priced_bits(1.0)(model), bits)
+
+
+@pytest.mark.parametrize(("rise", "first"), [(0.5, 0.01), (0.9, 0.3)])
+def test_the_price_rises_evenly_in_its_logarithm_and_then_stays(rise: float, first: float) -> None:
+    shares = [price_share(rise * done / 8, rise, first) for done in range(9)]
+    assert shares[0] == pytest.approx(first)
+    ratios = [after / before for before, after in itertools.pairwise(shares)]
+    assert ratios == pytest.approx([first ** (-1 / 8)] * 8)
+    assert price_share(1.0, rise, first) == price_share(0.0, 0.0, first) == shares[-1] == 1
+
+
+def test_steps_grow_with_the_root_of_the_price_from_those_that_were_chosen() -> None:
+    model, x = net(), torch.randn(2, 3, 8, 8)
+    begun = starts(model, 0.02)
+    with torch.no_grad():
+        for name, start in begun.items():
+            model.get_parameter(name).copy_(start.weight)
+        expected = model(x)
+    attach(model, begun, 0.04)
+    assert torch.allclose(model(x), expected, atol=1e-5)
+    made, weight = latents(model)["4.weight"]
+    low, bits = priced_bits(1.0)(model), sum(float(part.bits(w).detach()) for part, w in latents(model).values())
+    assert float(low.detach()) == pytest.approx(0.04 * bits, rel=1e-5)
+    hook = rising(0.5, 100, 0.04)
+    for step, size in ((0, 0.02), (25, 0.02 * 5**0.5), (50, 0.1), (99, 0.1)):
+        hook(model, step)
+        assert torch.allclose(made.steps, torch.tensor(size))
+        q = made(weight) / size
+        assert torch.allclose(q, q.round(), atol=1e-4)
+
+
+class Stopped(Exception):
+    """What a test stops a run with."""
+
+
+@pytest.mark.parametrize("stop", [7, 100, 101, 140])
+def test_a_run_that_was_stopped_goes_on_to_the_same_integers(tmp_path: Path, stop: int) -> None:
+    def run(folder: Path, last: int) -> list[Tensor]:
+        model = net()
+        attach(model, starts(model, 0.005), 0.03)
+
+        def interrupt(_model: nn.Module, step: int) -> None:
+            if step == last:
+                raise Stopped
+
+        settings = TrainSettings(epochs=2, learning_rate=0.01, checkpoint=folder, checkpoint_every=10)
+        hooks = Hooks(after_step=(rising(0.6, 160), refit, interrupt), progress=False)
+        train(model, Loader(batches=noise, steps=80), settings, regularizers=(priced_bits(1e-4),), hooks=hooks)
+        settle(model)
+        return [p.detach() for p in model.parameters()]
+
+    whole = run(tmp_path / "whole", -1)
+    with pytest.raises(Stopped):
+        run(tmp_path / "part", stop)
+    assert all(map(torch.equal, run(tmp_path / "part", -1), whole))
+
+
+def noise(epoch: int) -> list[tuple[Tensor, Tensor]]:
+    """Batches of noise."""
+    generator = torch.Generator().manual_seed(epoch)
+    draws = range(80)
+    return [(torch.randn(8, 3, 8, 8, generator=generator), torch.randint(10, (8,), generator=generator)) for _ in draws]

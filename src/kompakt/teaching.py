@@ -25,8 +25,9 @@ CHECKPOINT_STEPS = 100
 
 
 def settings(section: FinetuneSection, out: Path, model: nn.Module, seed: int) -> TrainSettings:
-    """Return how long and how fast a section trains; the first weights of ``model`` name its checkpoint."""
-    place = out / "checkpoints" / f"{weights_digest(model)[:12]}-{seed}" if section.checkpoint else None
+    """Return how long and how fast a section trains; its checkpoint is named by ``model``'s weights and the price."""
+    price = "" if section.rate is None else f"-{section.rate:g}-{section.rise:g}"
+    place = out / "checkpoints" / f"{weights_digest(model)[:12]}-{seed}{price}" if section.checkpoint else None
     return TrainSettings(
         epochs=section.epochs,
         learning_rate=section.learning_rate,

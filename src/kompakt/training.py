@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from kompakt.build.priced import attach, priced_bits, refit, settle, trainable
+from kompakt.build.priced import FIRST, attach, priced_bits, refit, rising, settle, trainable
 from kompakt.build.settings import Regularizer
 from kompakt.build.train import Hooks, TrainSettings, train
 from kompakt.frugality import started
 from kompakt.graph.graph import Left
 from kompakt.job import Job
+from kompakt.numerics.priced import price_share
 from kompakt.plan.plan import Plan
 from kompakt.plan.recipe import FinetuneSection
 from kompakt.teaching import batches, settings, taught, taught_by
@@ -53,7 +54,8 @@ def tuned(
     who, goal = taught(job, model, section, example)
     more = [extra(model, how, section.epochs * loader.steps) for extra in extras]
     more += [Extra(after_step=(keeper(found.masks),))] if found.masks else []
-    more += [] if section.rate is None else [_rated(model, found, job, section.rate)]
+    if section.rate is not None:
+        more.append(_rated(model, found, job, section, section.epochs * loader.steps))
     tick = job.tick
     more += [Extra(after_step=(lambda _model, _step: tick(),))] if tick is not None else []
     hooks = Hooks(
@@ -71,11 +73,14 @@ def tuned(
     return dataclasses.replace(found, model=model.eval(), did=did)
 
 
-def _rated(model: nn.Module, found: Slim, job: Job, rate: float) -> Extra:
+def _rated(model: nn.Module, found: Slim, job: Job, section: FinetuneSection, steps: int) -> Extra:
     """Let the weights be trained as the integers of the file, and what that asks of the loop."""
-    job.say(f"choosing integers to begin with, at {rate:.2g} nats a bit")
-    attach(model, started(job, found.model, rate, found.masks))
-    return Extra(regularizers=(priced_bits(rate),), after_step=(refit,), finish=settle)
+    assert section.rate is not None
+    share = price_share(0.0, section.rise, FIRST)
+    job.say(f"choosing integers to begin with, at {share * section.rate:.2g} nats a bit")
+    attach(model, started(job, found.model, share * section.rate, found.masks), share)
+    hooks = (rising(section.rise, steps), refit)
+    return Extra(regularizers=(priced_bits(section.rate),), after_step=hooks, finish=settle)
 
 
 def keeper(keep: Mapping[str, Tensor]) -> Callable[[nn.Module, int], None]:

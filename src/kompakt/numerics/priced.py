@@ -16,6 +16,24 @@ MOST_SHIFT = 0.45
 """A value that lies on an integer stays there, whatever it costs."""
 
 
+def price_share(done: float, rise: float, first: float) -> float:
+    """Return what a bit costs of its full price after a share of the training: ``first ** (1 - done / rise)``.
+
+    From ``first`` it rises evenly in its logarithm, and is full from ``rise`` on, so that the network mends what one
+    price breaks before the next, as gradual pruning has it (Zhu and Gupta 2017, arXiv 1710.01878).
+
+    Args:
+        done: of the training, 0 to 1.
+        rise: the share of the training over which the price rises; 0 begins at the full price.
+        first: where it begins, above 0, at most 1.
+
+    Example:
+        >>> [round(price_share(done, rise=0.5, first=0.01), 3) for done in (0, 0.25, 0.5, 1)]
+        [0.01, 0.1, 1.0, 1.0]
+    """
+    return 1.0 if done >= rise else float(first ** (1 - done / rise))
+
+
 def priced(z: Tensor, slopes: Tensor) -> Tensor:
     """Return the bits of values between integers, less those of zero: piecewise linear in ``|z|``.
 
@@ -30,8 +48,11 @@ def priced(z: Tensor, slopes: Tensor) -> Tensor:
         The shape of ``z``; differentiable by ``z``.
     """
     size = z.abs()
-    first, second, rest = slopes
-    return first * size.clamp(max=1) + second * (size - 1).clamp(0, 1) + rest * (size - 2).clamp(min=0)
+    with torch.no_grad():
+        first, second, rest = slopes
+        slope = _of_piece(size, first, second, rest)
+        start = _of_piece(size, torch.zeros_like(first), first - second, first + second - 2 * rest)
+    return torch.addcmul(start, slope, size)
 
 
 def priced_round(z: Tensor, slopes: Tensor, most: int) -> Tensor:
@@ -48,9 +69,13 @@ def priced_round(z: Tensor, slopes: Tensor, most: int) -> Tensor:
         Integers as floats, the shape of ``z``; gradients go straight through.
     """
     with torch.no_grad():
-        size, shift = z.abs(), (SHIFT * slopes).clamp(0, MOST_SHIFT)
-        first, second, rest = (size + 0.5 - each for each in shift)
-        q = (first >= 1).float() + ((first >= 1) & (second >= 2)).float()
-        q = torch.where((q == 2) & (rest >= 3), rest.floor(), q).clamp(max=most) * z.sign()
-        moved = q - z
+        size = z.abs()
+        shift = _of_piece(size, *slopes).mul(SHIFT).clamp_(0, MOST_SHIFT)
+        q = (size + 0.5).sub_(shift).floor_().clamp_(max=most).copysign_(z)
+        moved = q.sub_(z)
     return z + moved
+
+
+def _of_piece(size: Tensor, first: Tensor, second: Tensor, rest: Tensor) -> Tensor:
+    """Choose by the piece that a magnitude lies in: below 1, below 2, beyond."""
+    return torch.where(size < 1, first, torch.where(size < 2, second, rest))

@@ -126,8 +126,9 @@ class FinetuneSection(Section):
     The loss is ``(1 - distill) · cross entropy + distill · Σ weight · term`` over the terms of ``[distill]``,
     soft targets at ``temperature`` where it says nothing. ``teacher`` is ``original``, ``none``, an ONNX file, or
     several of them, mixed evenly. ``rate`` trains weights as the integers that the file will hold: so many nats of
-    the loss are worth a bit of it (``kompakt.numerics.priced``). With ``checkpoint`` a run that was stopped goes on
-    from where it was. ``compile`` compiles the step of the training (``TrainSettings.compile``).
+    the loss are worth a bit of it (``kompakt.numerics.priced``); the price rises to it over the share ``rise`` of the
+    training, 0 begins at it. With ``checkpoint`` a run that was stopped goes on from where it was. ``compile`` compiles
+    the step of the training (``TrainSettings.compile``).
     """
 
     epochs: int = Field(default=0, ge=0)
@@ -143,6 +144,7 @@ class FinetuneSection(Section):
     checkpoint: bool = False
     tensorboard: bool = False
     rate: float | None = Field(default=None, gt=0)
+    rise: float = Field(default=0.0, ge=0, lt=1)
 
 
 class SparseTrainingSection(FinetuneSection):
@@ -159,6 +161,7 @@ class SparseTrainingSection(FinetuneSection):
     share: float = Field(default=0.5, gt=0, lt=1)
     epochs: int = Field(default=1, ge=1)
     rate: None = None
+    rise: Literal[0] = 0
 
 
 class TermSection(Section):
@@ -215,6 +218,7 @@ class QatSection(FinetuneSection):
 
     learning_rate: float = Field(default=0.01, gt=0)
     rate: None = None
+    rise: Literal[0] = 0
     channels_last: bool = True
     weights: Literal["steps", "ternary", "binary"] = "steps"
 
