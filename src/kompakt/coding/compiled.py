@@ -8,11 +8,12 @@ from functools import lru_cache
 
 import numpy as np
 
-from kompakt.coding import loops
+from kompakt.coding import loops, pops
 from kompakt.coding.bundle import Member, Tables, inexact
 from kompakt.coding.kernels import Plane
-from kompakt.coding.loops import FIELDS, Planes, Stream
+from kompakt.coding.loops import FIELDS, Planes
 from kompakt.coding.models import CLASSES, SHAPES, frequencies
+from kompakt.coding.pops import Stream
 from kompakt.coding.rans import Reader, used_up
 from kompakt.coding.sides import check_side, side_values
 from kompakt.coding.stream import check_escapes, late_head
@@ -81,7 +82,7 @@ class _Plan:
             sides=sides,
             lookups=_lookups(tables),
             parametric=_parametric(tables.shape, tables.bits) if self._parametric else none,
-            stored=loops.make_table(tables.rows, tables.bits) if self._stored else none,
+            stored=pops.make_table(tables.rows, tables.bits) if self._stored else none,
             escapes=np.ascontiguousarray(escapes, np.int32),
             values=np.empty(self._values, np.int16),
             classes=np.empty(self._classes, np.int16),
@@ -135,7 +136,7 @@ def _read_side(stream: Stream, count: int, histogram: np.ndarray | None) -> np.n
         return np.zeros(0, np.int32)
     check_side(count, histogram)
     found = np.empty(count, np.uint8)
-    if not loops.read_row(stream, loops.make_table(histogram[None], stream.bits), found):
+    if not pops.read_row(stream, pops.make_table(histogram[None], stream.bits), found):
         raise used_up()
     return side_values(found)
 
@@ -160,4 +161,4 @@ def _lookups(tables: Tables) -> np.ndarray:
 @lru_cache(maxsize=SHAPES)
 def _parametric(shape: int, bits: int) -> np.ndarray:
     """The table of a shape."""
-    return loops.make_table(frequencies(shape, bits), bits)
+    return pops.make_table(frequencies(shape, bits), bits)

@@ -1,7 +1,7 @@
 """The loops of ``kompakt.coding.compiled``, for numba: symbols, contexts and values of a coded section.
 
-All stand in one file, for numba's cache looks at the file of the outermost function alone. Compiled code checks no
-bounds: every index below is clamped, or ends with an array of its own size.
+Compiled code checks no bounds: every index below is clamped, or ends with an array of its own size. Numba's cache
+looks at this file alone: who changes only a file that it imports clears the cache.
 """
 
 from typing import NamedTuple
@@ -11,36 +11,17 @@ from numba import njit, types
 
 from kompakt.coding.kernels import EXACT, WINDOW
 from kompakt.coding.models import CLASSES, ESCAPE, FRACTIONS, ZERO
-from kompakt.coding.rans import WORD_BITS
+from kompakt.coding.pops import BYTES, STREAM, WORDS, Stream, end_call, pop
 from kompakt.coding.tablesets import BINS
 
 CHUNK = 2048  # values whose predictions, contexts and symbols stay in the first cache
 FEW = 64  # symbols that are searched for an escape together
 NARROW = 2**15  # planes are int16; what does not fit is left to numpy
 DONE, USED_UP, LATE_HEAD, INEXACT, WIDE = range(5)
-# Innermost loops have unsigned numbers alone: numba looks for negative indices and makes mixed signs floats.
-WORD = np.uint64(WORD_BITS)
-SYMBOL_BITS, FREQUENCY_AT, OFFSET_MASK = np.uint32(8), np.uint32(20), np.uint32(0xFFF)
 FIELDS = 18
 # Columns of ``parts``; a place is −1 where a member has none of a thing.
 (KERNELS, INPUTS, TAPS, STORED, BASE, ROWS, COLUMNS, FACTORS, WEIGHTS, BY_CLASS, CONTEXTS, HEAD, HEAD_BY_CLASS,
  VALUES, CLASS, HEADS, REACH, FAULT) = range(FIELDS)  # fmt: skip
-
-
-class Stream(NamedTuple):
-    """A stream as arrays alone.
-
-    Args:
-        bits: table bits.
-        states: of the lanes, uint64.
-        words: those of the stream and one more for each lane, uint32.
-        places: words used, symbols read of a round, and escapes used, those that are missing among them, int64.
-    """
-
-    bits: int
-    states: np.ndarray
-    words: np.ndarray
-    places: np.ndarray
 
 
 class Planes(NamedTuple):
@@ -80,93 +61,10 @@ class Scratch(NamedTuple):
     kept: np.ndarray
 
 
-LONG, SHORT, INTS, BYTES = types.int64[::1], types.int16[::1], types.int32[::1], types.uint8[::1]
-WORDS, ROWS_OF_INTS = types.uint32[::1], types.int64[:, ::1]
-STREAM = types.NamedTuple((types.int64, types.uint64[::1], WORDS, LONG), Stream)
+SHORT, INTS, ROWS_OF_INTS = types.int16[::1], types.int32[::1], types.int64[:, ::1]
 PLANES = types.NamedTuple(
     (ROWS_OF_INTS, INTS, ROWS_OF_INTS, WORDS, WORDS, INTS, SHORT, SHORT, BYTES, ROWS_OF_INTS), Planes
 )  # fmt: skip
-
-
-@njit(WORDS(types.Array(types.int64, 2, "C", readonly=True), types.int64), cache=True, nogil=True)
-def make_table(frequencies: np.ndarray, bits: int) -> np.ndarray:
-    """For every slot of every context: frequency (12 bits), slot − start (12), symbol (8).
-
-    Args:
-        frequencies: [contexts, 256]; each row sums to M, none equals M.
-        bits: table bits.
-    """
-    table = np.empty(len(frequencies) << bits, np.uint32)
-    for context in range(len(frequencies)):
-        row, slot = table[context << bits : (context + 1) << bits], 0
-        for symbol in range(256):
-            frequency = min(frequencies[context, symbol], row.size - slot)
-            for offset in range(frequency):
-                row[slot + offset] = frequency << 20 | offset << 8 | symbol
-            slot += frequency
-    return table
-
-
-@njit
-def _pop(stream: Stream, table: np.ndarray, contexts: np.ndarray, found: np.ndarray) -> bool:
-    """Pop a symbol for each context, from where in a round the last one stood; False without words."""
-    places, lanes, done = stream.places, stream.states.size, 0
-    bits = np.uint64(stream.bits)
-    mask, floor = (np.uint64(1) << bits) - np.uint64(1), np.uint64(1) << bits + bits
-    while done < contexts.size:
-        turn = places[1]
-        lane = turn & (lanes - 1)
-        size = min(lanes - lane, contexts.size - done)
-        states = stream.states[lane : lane + size]
-        wanted, symbols = contexts[done : done + size], found[done : done + size]
-        if turn < lanes:
-            for i in range(size):
-                x = states[i]
-                entry = table[np.uint64(wanted[i]) | x & mask]
-                states[i] = (x >> bits) * np.uint64(entry >> FREQUENCY_AT) + np.uint64(
-                    entry >> SYMBOL_BITS & OFFSET_MASK
-                )
-                symbols[i] = np.uint8(entry)
-        else:
-            place, words = np.uint64(places[0]), stream.words
-            for i in range(size):
-                x = states[i]
-                entry = table[np.uint64(wanted[i]) | x & mask]
-                x = (x >> bits) * np.uint64(entry >> FREQUENCY_AT) + np.uint64(entry >> SYMBOL_BITS & OFFSET_MASK)
-                symbols[i] = np.uint8(entry)
-                filled = x << WORD | np.uint64(words[place])
-                states[i] = filled if x < floor else x
-                place += np.uint64(x < floor)
-            places[0] = place
-            if places[0] + lanes > stream.words.size:
-                return False
-        done += size
-        places[1] = turn + size if turn + size < 2 * lanes else 0
-    return True
-
-
-@njit
-def _end_call(stream: Stream) -> bool:
-    """Give words to the lanes that took part in a round that is not whole; False without words."""
-    turn, lanes, states = stream.places[1], stream.states.size, stream.states
-    floor = np.uint64(1) << np.uint64(2 * stream.bits)
-    for lane in range(max(0, turn - lanes), min(turn, lanes)):
-        if states[lane] < floor:
-            states[lane] = states[lane] << WORD | np.uint64(stream.words[min(stream.places[0], stream.words.size - 1)])
-            stream.places[0] += 1
-    stream.places[1] = 0
-    return stream.places[0] + lanes <= stream.words.size
-
-
-@njit(types.boolean(STREAM, WORDS, BYTES), cache=True, nogil=True)
-def read_row(stream: Stream, table: np.ndarray, found: np.ndarray) -> bool:
-    """A call of one context; False without words."""
-    contexts = np.zeros(min(CHUNK, found.size), np.uint32)
-    for first in range(0, found.size, CHUNK):
-        part = found[first : first + CHUNK]
-        if not _pop(stream, table, contexts[: part.size], part):
-            return False
-    return _end_call(stream)
 
 
 @njit
@@ -332,14 +230,14 @@ def _read_heads(stream: Stream, planes: Planes, scratch: Scratch) -> int:
             count = min(CHUNK, part[KERNELS] - first)
             contexts, found = scratch.contexts[:count], scratch.found[:count]
             _head_context(part, planes, stream.bits, first, contexts)
-            if not _pop(stream, planes.stored, contexts, found):
+            if not pop(stream, planes.stored, contexts, found):
                 return USED_UP
             heads = planes.heads[part[HEADS] + first : part[HEADS] + first + count]
             for i in range(count):
                 heads[i] = found[i] - np.uint8(ZERO)
                 if heads[i] > part[TAPS]:
                     status = LATE_HEAD
-    if sparse and not _end_call(stream):
+    if sparse and not end_call(stream):
         return USED_UP
     return status
 
@@ -382,7 +280,7 @@ def _read_chunk(part: np.ndarray, tap: int, first: int, stream: Stream, planes: 
         used = _keep(heads, part[HEAD] << stream.bits, tap, scratch.contexts[:count], scratch.kept)
         kept = scratch.kept[:used]
     found = scratch.found[:used]
-    if not _pop(stream, planes.stored if part[STORED] else planes.parametric, scratch.contexts[:used], found):
+    if not pop(stream, planes.stored if part[STORED] else planes.parametric, scratch.contexts[:used], found):
         return USED_UP
     if not part[STORED]:
         if not _add(found, scratch.sides, row):
@@ -420,7 +318,7 @@ def _read_call(tap: int, stored: int, stream: Stream, planes: Planes, scratch: S
             if status != DONE:
                 return status
             fault |= part[FAULT]
-    if not _end_call(stream):
+    if not end_call(stream):
         return USED_UP
     return INEXACT if fault else DONE
 
