@@ -115,7 +115,10 @@ class _Plan:
         row = [layout.kernels, layout.inputs, layout.taps, model.stored, model.scales.base, *places]
         row += [weights if model.weights is not None else NONE, model.index]
         row += [len(used.frequencies) if used is not None else 1]
-        row += [tables.placed(model.index).head_context if sparse else NONE, model.heads if sparse else NONE]
+        row += [
+            tables.placed(model.index).head_context if sparse else NONE,
+            NONE if model.heads is None else model.heads,
+        ]
         return [*row, begin, classes, heads if sparse else NONE, 0, 0]
 
 
@@ -135,6 +138,7 @@ def _read_side(stream: Stream, count: int, histogram: np.ndarray | None) -> np.n
     if count == 0:
         return np.zeros(0, np.int32)
     check_side(count, histogram)
+    assert histogram is not None
     found = np.empty(count, np.uint8)
     if not pops.read_row(stream, pops.make_table(histogram[None], stream.bits), found):
         raise used_up()

@@ -208,7 +208,7 @@ def _bound(row: np.ndarray, ends: np.ndarray) -> int:
     for i in range(row.size):
         least, most = min(least, row[i]), max(most, row[i])
     ends[0], ends[1] = min(ends[0], least), max(ends[1], most)
-    return max(-np.int64(least), np.int64(most))
+    return int(max(-np.int64(least), np.int64(most)))
 
 
 @njit
