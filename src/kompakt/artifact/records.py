@@ -6,7 +6,6 @@ float32, ``uint16`` for bfloat16) beside the name of their dtype; ``as_numpy`` g
 
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
 
 import numpy as np
 
@@ -32,7 +31,8 @@ MOST_DTYPE = max(NAMES)
 SIGNED, SYMMETRIC, NARROW, ZERO_POINT = 1, 2, 4, 8
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True)
+class Part:
     """One array of a record: the name of its dtype and its shape."""
 
     dtype: str
