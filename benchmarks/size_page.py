@@ -61,7 +61,8 @@ Compression: `python -m examples.deep_compression`.
   8.6–8.9 times on both (8.6–8.8 and 17.5–18 ns; NNCodec 76 and 155). On one busy machine, in turn, best of five or
   six, beside NNCodec's whole file at qp −26 and not at equal accuracy. Whole files do not reach it:
   packed ONNX files went from 4.7 to 5.7–5.9 times on ResNet-20 (λ 1.5e-8; 31 → 27 ns) and from 6.4 to 8.1–8.4 times on
-  ResNet-18 (λ 1e-8, 244 kB; 9.4 → 7.7–8.1 ns): index, headers and small arrays, in Python. See [the decision](decisions/0007-compiled-decoding.md).
+  ResNet-18 (λ 1e-8, 244 kB; 9.4 → 7.7–8.1 ns): index, headers and small arrays, in Python.
+  See [the decision](decisions/0007-compiled-decoding.md).
 - ResNet-32 ≤ 39 kB, ResNet-20 ≤ 23 kB, ResNet-18 ≤ 300 kB by training: not trained yet. `python -m benchmarks.size
   --networks resnet20 --rate 1e-6 --epochs 8` does, and adds its cell to the table.
 - LeNet-300-100 ≥ 100 times and LeNet-5 ≥ 200 times smaller at ≤ 0.1 points: with one seed and 6 epochs for rate
