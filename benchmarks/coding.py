@@ -23,7 +23,7 @@ from kompakt.artifact.container import Reader, Writer
 from kompakt.coding import huffman
 from kompakt.coding.block import encode_block
 from kompakt.coding.options import Integers
-from kompakt.coding.stream import compiled_loops
+from kompakt.coding.section import compiled_loops
 from kompakt.coding.unblock import Spec, decode_block
 from kompakt.spec import PerChannel, QuantSpec
 

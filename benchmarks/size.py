@@ -35,7 +35,7 @@ from kompakt.artifact.container import Reader
 from kompakt.artifact.kpk_onnx import pack_onnx
 from kompakt.artifact.splice import unpack_file
 from kompakt.artifact.targets import target
-from kompakt.coding.stream import compiled_loops
+from kompakt.coding.section import compiled_loops
 from kompakt.data import Data, open_data
 from kompakt.graph.fold import fold
 from kompakt.graph.trace import trace

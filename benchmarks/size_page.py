@@ -58,12 +58,14 @@ Compression: `python -m examples.deep_compression`.
   −20, ResNet-32, ResNet-18 and paired intervals; `python -m benchmarks.size` measures what is missing, and adds the
   intervals where both cells say which images were right.
 - Decoding 10 times as fast as NNCodec. In numpy (the table above) it is 1.3–1.4 times on ResNet-20, and 2.1 times on
-  ResNet-18 (27 ns a weight at 3.1 bits; NNCodec 56 ns at 1.7). In compiled code (`kompakt[fast]`), on one busy
-  machine, in turn, best of seven, beside NNCodec at qp −26 and not at equal accuracy: 5.9–7.0 times on ResNet-18's
-  integers (one step a tensor, 8–9 ns a weight), 6.0–6.7 times on ResNet-20's (2.7 bits), 3.8–4.7 times on a packed
-  ONNX of it (2 bits). ResNet-18 spends a bit over half in the loops, a third on the coder itself. A small file spends
-  a sixth to a quarter in the loops; the rest is its index, headers and arrays, in Python. See
-  [the decision](decisions/0007-compiled-decoding.md).
+  ResNet-18 (27 ns a weight at 3.1 bits; NNCodec 56 ns at 1.7). In compiled code (`kompakt[fast]`) integers with one
+  step a tensor are decoded 12.0–12.5 times as fast on ResNet-18 (5.5–5.7 ns a weight at 2.4 and 4.1 bits; NNCodec 69
+  ns), 11.1–12.5 times on ResNet-20 (13–15 ns; NNCodec 164); a quarter of an hour before, with the loops as they were,
+  8.6–8.9 times on both (8.6–8.8 and 17.5–18 ns; NNCodec 76 and 155). On one busy machine, in turn, best of five or
+  six, beside NNCodec's whole file at qp −26 and not at equal accuracy. Whole files do not reach it:
+  packed ONNX files went from 4.7 to 5.7–5.9 times on ResNet-20 (λ 1.5e-8; 31 → 27 ns) and from 6.4 to 8.1–8.4 times on
+  ResNet-18 (λ 1e-8, 244 kB; 9.4 → 7.7–8.1 ns): index, headers and small arrays, in Python.
+  See [the decision](decisions/0007-compiled-decoding.md).
 - ResNet-32 ≤ 39 kB, ResNet-20 ≤ 23 kB, ResNet-18 ≤ 300 kB by training: not trained yet. `python -m benchmarks.size
   --networks resnet20 --rate 1e-6 --epochs 8` does, and adds its cell to the table.
 - LeNet-300-100 ≥ 100 times and LeNet-5 ≥ 200 times smaller at ≤ 0.1 points: with one seed and a price that rises,

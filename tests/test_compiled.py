@@ -5,19 +5,21 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kompakt.coding import decode_integers, encode_integers, rans, stream
+from kompakt.coding import decode_integers, encode_integers, rans, section, unblock
 from kompakt.coding.bundle import Bundle, Member, Tables
 from kompakt.coding.header import Coded
 from kompakt.coding.kernels import WINDOW, Layout, Scales, weight_rows
 from kompakt.coding.models import CLASSES, SHAPES
-from kompakt.coding.stream import compiled_loops, decode_values, encode_values, make_bundles
+from kompakt.coding.section import compiled_loops, decode_section
+from kompakt.coding.sides import side_call, side_symbols
+from kompakt.coding.stream import encode_values, make_bundles
 from kompakt.coding.tablesets import BINS, TableSet
 from kompakt.coding.wire import Cursor
 from kompakt.errors import KompaktError
@@ -35,7 +37,8 @@ def both(work: Callable[[], Any]) -> Any:
     outcomes = []
     for loops in (compiled_loops(), None):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(stream, "compiled_loops", lambda loops=loops: loops)
+            for module in (section, unblock):
+                patch.setattr(module, "compiled_loops", lambda loops=loops: loops)
             try:
                 outcomes.append(work())
             except KompaktError as error:
@@ -88,8 +91,29 @@ def random_values(rng: np.random.Generator, bundle: Bundle) -> np.ndarray:
     return values * (rng.random(shape) < rng.uniform(0, 1.2))
 
 
-def coded(seed: int) -> tuple[list[Member], Tables, bytes, np.ndarray]:
-    """Members at random, the stream that codes random values of theirs, and the escapes beside it."""
+class Coding(NamedTuple):
+    """A coded section, and what the rest of its block would say about it."""
+
+    members: list[Member]
+    tables: Tables
+    histograms: tuple[np.ndarray | None, np.ndarray | None]
+    data: bytes
+    escapes: np.ndarray
+
+
+def side_histogram(rng: np.random.Generator, symbols: np.ndarray, bits: int) -> np.ndarray | None:
+    """Frequencies [256] that know these symbols, None where there are none."""
+    if not symbols.size:
+        return None
+    table = np.bincount(symbols, minlength=256) * ((1 << bits) - 300) // symbols.size
+    table = np.maximum(table, (rng.random(256) < 0.5) | (np.bincount(symbols, minlength=256) > 0))
+    table[255] += 1
+    table[128] += (1 << bits) - table.sum()
+    return table
+
+
+def coded(seed: int) -> Coding:
+    """Members at random, and the section that codes random values of theirs."""
     rng = np.random.default_rng(seed)
     bits = int(rng.choice([10, 12]))
     tables = Tables(int(rng.integers(0, SHAPES)), tuple(random_set(rng, bits) for _ in range(rng.integers(1, 4))), bits)
@@ -101,23 +125,27 @@ def coded(seed: int) -> tuple[list[Member], Tables, bytes, np.ndarray]:
     bundles = make_bundles(members, tables, 256)
     for bundle in bundles:
         bundle.values[:] = random_values(rng, bundle)
+    symbols = side_symbols(members)
+    histograms = tuple(side_histogram(rng, found, bits) for found in symbols)
     calls, escapes = encode_values(bundles, tables)
-    return members, tables, rans.encode(calls, int(rng.integers(0, 10)), bits, b""), escapes
+    sides = [side_call(s, h) for s, h in zip(symbols, histograms, strict=True) if h is not None]
+    data = rans.encode([*sides, *calls], int(rng.integers(0, 10)), bits, b"")
+    return Coding(members, tables, histograms, data, escapes)
 
 
-def decoded(members: list[Member], tables: Tables, data: bytes, escapes: np.ndarray) -> list[np.ndarray]:
-    reader = rans.Reader(Cursor(data, "test"), tables.bits)
-    bundles = make_bundles(members, tables, 1 << tables.bits)
-    decode_values(bundles, tables, reader, escapes)
-    reader.close()
-    return [bundle.values for bundle in bundles]
+def decoded(coding: Coding) -> list[np.ndarray]:
+    cursor = Cursor(coding.data, "test")
+    planes, _ = decode_section(cursor, coding.members, coding.tables, coding.histograms, coding.escapes)
+    cursor.end()
+    ends = [np.array([plane.least, plane.most]) for plane in planes]
+    return [plane.values.astype(np.float32) for plane in planes] + ends
 
 
 @needs_numba
 @settings(max_examples=60, deadline=None)
 @given(SEEDS)
 def test_random_members_are_equal(seed):
-    both(lambda: decoded(*coded(seed)))
+    both(lambda: decoded(coded(seed)))
 
 
 @needs_numba
@@ -125,16 +153,16 @@ def test_damaged_streams_and_escapes_give_the_same_errors():
     seen: Counter[str] = Counter()
     for seed in range(120):
         rng = np.random.default_rng(seed)
-        members, tables, data, escapes = coded(seed)
+        coding = coded(seed)
         if seed % 3 == 0:
-            escapes = escapes[: escapes.size // 2]
+            coding = coding._replace(escapes=coding.escapes[: coding.escapes.size // 2])
         elif seed % 3 == 1:
-            escapes = np.append(escapes, np.int32(3))
+            coding = coding._replace(escapes=np.append(coding.escapes, np.int32(3)))
         else:
-            data = bytearray(data)
+            data = bytearray(coding.data)
             data[int(rng.integers(3, len(data)))] ^= 1 << int(rng.integers(0, 8))
-            data = bytes(data)
-        found = both(lambda a=(members, tables, data, escapes): decoded(*a))
+            coding = coding._replace(data=bytes(data))
+        found = both(lambda coding=coding: decoded(coding))
         seen[found.split(";")[0] if isinstance(found, str) else "read"] += 1
     said = " ".join(seen)
     for message in ("words are used up", "does not end where", "too large for", "is missing", "left over"):
@@ -171,7 +199,7 @@ def test_importing_kompakt_does_not_import_numba():
 DECODE = """
 import numpy as np
 from kompakt.coding import decode_integers, encode_integers
-from kompakt.coding.stream import compiled_loops
+from kompakt.coding.section import compiled_loops
 values = np.random.default_rng(0).normal(0, 3, (8, 8, 3, 3)).astype(np.int8)
 assert (decode_integers(encode_integers(values)) == values).all()
 print(compiled_loops() is not None)

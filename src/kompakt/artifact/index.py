@@ -7,7 +7,7 @@ import json
 import lzma
 import zlib
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from kompakt.artifact.records import Record, read_record, write_record
 from kompakt.coding.wire import Cursor, varint
@@ -31,8 +31,7 @@ class Block:
     checksum: int
 
 
-@dataclass(frozen=True)
-class Splice:
+class Splice(NamedTuple):
     """Copy ``gap`` bytes of the skeleton, then the bytes of a record."""
 
     gap: int

@@ -84,11 +84,15 @@ class Reader:
         return restore(self.records[name], self.parts(name)) if name in self.records else self.parts(name)["data"]
 
     def _part(self, part: Part, key: tuple[str, str]) -> np.ndarray:
+        places = self._places[key]
+        if len(places) == 1:
+            block, place = places[0]
+            return self._block(block)[place].astype(KINDS[part.dtype].storage).reshape(part.shape)
         found = np.empty(part.size, KINDS[part.dtype].storage)
         start = 0
-        for shape, (block, place) in zip(pieces(part.shape), self._places[key], strict=True):
+        for block, place in places:
             piece = self._block(block)[place]
-            found[start : start + prod(shape)] = piece
+            found[start : start + piece.size] = piece
             start += piece.size
         return found.reshape(part.shape)
 

@@ -27,6 +27,7 @@ MOST_NAME = 4096
 LEAST_SHARED, MOST_SHARED, SAMPLE = 1024, 256, 4096
 MOST_DIMENSIONS = 32
 MOST_PART_BYTES = 2**48
+MOST_DTYPE = max(NAMES)
 SIGNED, SYMMETRIC, NARROW, ZERO_POINT = 1, 2, 4, 8
 
 
@@ -137,27 +138,25 @@ def read_record(cursor: Cursor) -> Record:
     record = Record(
         name=name, kind=KIND_NAMES[kind], parts={role: _read_part(cursor, name) for role in roles}, spec=spec
     )
-    _check_parts(record, cursor.where)
+    if kind != DENSE:
+        _check_parts(record, cursor.where)
     return record
 
 
 def _read_part(cursor: Cursor, name: str) -> Part:
-    dtype = NAMES[cursor.u8(max(NAMES), f"{name}: the dtype")]
-    shape = tuple(
-        cursor.varint(MOST_PART_BYTES, f"{name}: a dimension")
-        for _ in range(cursor.u8(MOST_DIMENSIONS, f"{name}: the number of dimensions"))
-    )
-    part = Part(dtype, shape)
+    dtype = NAMES[cursor.u8(MOST_DTYPE, f"{name}: the dtype")]
+    count, what = cursor.u8(MOST_DIMENSIONS, f"{name}: the number of dimensions"), f"{name}: a dimension"
+    part = Part(dtype, tuple([cursor.varint(MOST_PART_BYTES, what) for _ in range(count)]))
     if part.size_bytes >= MOST_PART_BYTES:
-        raise FormatError(f"{cursor.where}: {name}: shape {shape} is too large; the file is corrupt")
+        raise FormatError(f"{cursor.where}: {name}: shape {part.shape} is too large; the file is corrupt")
     return part
 
 
 def _check_parts(record: Record, where: str) -> None:
     """Check that the parts of a record fit each other, as far as their shapes tell."""
     parts = record.parts
-    integer = {role: not KINDS[part.dtype].fields for role, part in parts.items()}
     problem = None
+    integer = {role: not KINDS[part.dtype].fields for role, part in parts.items()}
     if record.kind == "raw" and (parts["data"].dtype != "uint8" or len(parts["data"].shape) != 1):
         problem = "raw bytes are not one row of bytes"
     if record.kind == "uniform" and not (integer["codes"] and integer.get("zero_point", True)):

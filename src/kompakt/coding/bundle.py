@@ -3,13 +3,11 @@
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
 
 from kompakt.coding.header import Coded
 from kompakt.coding.kernels import (
-    WINDOW,
     Layout,
     bounded,
     eighths,
@@ -18,9 +16,10 @@ from kompakt.coding.kernels import (
     reach,
     split_fraction,
     tap_weights,
+    weight_rows,
 )
-from kompakt.coding.models import ESCAPE, FRACTIONS, ZERO, frequencies, parametric_split, parametric_table
-from kompakt.coding.rans import SplitTable, decoding_table
+from kompakt.coding.models import ESCAPE, FRACTIONS, ZERO, frequencies, parametric_table
+from kompakt.coding.rans import decoding_table
 from kompakt.coding.tablesets import TableSet
 from kompakt.errors import FormatError
 
@@ -36,6 +35,21 @@ class Member:
     def of(model: Coded, shape: tuple[int, ...]) -> "Member":
         """A member of this shape under a model."""
         return Member(layout_of(shape, flat=model.flat, grouped=model.grouped), model)
+
+    @property
+    def factor_counts(self) -> tuple[int, int, int]:
+        """How many factors of rows, columns and taps it has."""
+        scales, layout = self.model.scales, self.layout
+        return (
+            layout.outputs if scales.rows is not None else 0,
+            layout.inputs if scales.columns is not None else 0,
+            layout.taps if scales.taps is not None else 0,
+        )
+
+    @property
+    def weight_count(self) -> int:
+        """How many prediction weights it has."""
+        return sum(weight_rows(self.layout.taps)) if self.model.weights is not None else 0
 
 
 @dataclass(frozen=True)
@@ -57,53 +71,24 @@ class Tables:
         before = sum(len(found.frequencies) for found in self.sets[:index])
         return replace(self.sets[index], first=before)
 
+    @property
+    def rows(self) -> np.ndarray:
+        """Frequencies [contexts, 256] of the stored tables."""
+        return np.concatenate([found.frequencies for found in self.sets])
+
     def frequencies(self, stored: bool) -> np.ndarray:
         """Frequencies [contexts · 256] of the stored or of the parametric tables."""
         if not stored:
             return frequencies(self.shape, self.bits).reshape(-1)
-        return np.concatenate([found.frequencies for found in self.sets]).reshape(-1)
+        return self.rows.reshape(-1)
 
     def decoding(self, stored: bool) -> np.ndarray:
         """The decoding table of all stored or of all parametric contexts."""
         return self._stored if stored else parametric_table(self.shape, self.bits)
 
-    def split(self, stored: bool) -> SplitTable:
-        """``decoding`` for compiled loops."""
-        return self._stored_split if stored else parametric_split(self.shape, self.bits)
-
     @cached_property
     def _stored(self) -> np.ndarray:
         return np.concatenate([decoding_table(found.frequencies) for found in self.sets])
-
-    @cached_property
-    def _stored_split(self) -> SplitTable:
-        return SplitTable.of(np.concatenate([found.frequencies for found in self.sets]))
-
-
-class Flat(NamedTuple):
-    """A bundle as arrays alone, for compiled loops; without a table set ``by_class`` and ``by_bin`` are empty.
-
-    Args:
-        values: float32 [K, N].
-        heads: first nonzero taps of kernels, uint8 [N]; empty where the bundle is not sparse.
-        classes: their scale classes without tap factors, unbounded, int16 [N].
-        ends: where the kernels of each member end, int64 [P].
-        factors: tap factors, int64 [P, K].
-        weights: prediction weights, nearest tap first, float32 [P, K − 1 or 1, 9].
-        by_class: the context of each scale class where nothing is predicted, int64 [37].
-        by_bin: what the prediction's magnitude adds to it, int64 [65].
-        head_context: the context of the first nonzero values of kernels.
-    """
-
-    values: np.ndarray
-    heads: np.ndarray
-    classes: np.ndarray
-    ends: np.ndarray
-    factors: np.ndarray
-    weights: np.ndarray
-    by_class: np.ndarray
-    by_bin: np.ndarray
-    head_context: int
 
 
 class Bundle:
@@ -192,26 +177,7 @@ class Bundle:
             return
         for part, weights in self._weights:
             if not is_exact(row[part], reach(weights)):
-                raise FormatError("coded section: values too large for an exact prediction; the file is corrupt")
-
-    @cached_property
-    def flat(self) -> Flat:
-        """The bundle for compiled loops; ``values`` is shared, and so are ``heads`` once they are read."""
-        parts = len(self.parts)
-        factors = np.zeros((parts, self.taps), np.int64)
-        weights = np.zeros((parts, max(1, self.taps - 1 if self.taps <= WINDOW else 1), WINDOW), np.float32)
-        for place, model in enumerate(self._models):
-            if model.scales.taps is not None:
-                factors[place] = model.scales.taps
-            if model.weights is not None:
-                weights[place, : len(model.weights)] = model.weights
-        ends = np.array([part.stop for _, part in self.parts], np.int64)
-        heads = self.heads if self.sparse else np.zeros(0, np.uint8)
-        by_class, by_bin = np.zeros(0, np.int64), np.zeros(0, np.int64)
-        if self._set is not None:
-            by_class, by_bin = self._set.by_class(), self._set.by_bin()
-        head_context = self._set.head_context if self._set is not None else 0
-        return Flat(self.values, heads, self._classes, ends, factors, weights, by_class, by_bin, head_context)
+                raise inexact()
 
     @cached_property
     def _rows(self) -> list[tuple[slice, list[np.ndarray]]]:
@@ -236,6 +202,11 @@ class Bundle:
                 where = _narrowed(places, inside)
                 np.matmul(row, self.values[tap - row.size : tap, where], out=products[inside])
         return eighths(products)
+
+
+def inexact() -> FormatError:
+    """The error of values so large that another machine would predict something else."""
+    return FormatError("coded section: values too large for an exact prediction; the file is corrupt")
 
 
 def _inside(part: slice, places: slice | np.ndarray) -> slice:

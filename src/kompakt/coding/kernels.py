@@ -8,6 +8,7 @@ row, one a column and one a tap. FORMAT.md §6.1 is the specification.
 from dataclasses import dataclass
 from functools import cache
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 
@@ -33,6 +34,24 @@ class Layout:
     def kernels(self) -> int:
         """Number of kernels, which is the number of values of one tap."""
         return self.outputs * self.inputs
+
+
+class Plane(NamedTuple):
+    """The modelled values of a member.
+
+    Args:
+        values: [taps, kernels].
+        least, most: the least and the greatest, 0 where there are none.
+    """
+
+    values: np.ndarray
+    least: int = 0
+    most: int = 0
+
+    @staticmethod
+    def of(values: np.ndarray) -> "Plane":
+        """A plane whose values are looked at."""
+        return Plane(values, int(values.min()), int(values.max())) if values.size else Plane(values)
 
 
 def layout_of(shape: tuple[int, ...], *, flat: bool = False, grouped: bool = False) -> Layout:

@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 
 from kompakt.coding.bitpack import pack, packed_size, unpack
-from kompakt.coding.rans import SplitTable, decoding_table
+from kompakt.coding.rans import decoding_table
 from kompakt.coding.wire import Cursor
 from kompakt.errors import FormatError
 
@@ -62,12 +62,6 @@ def parametric_table(shape: int, bits: int) -> np.ndarray:
     table = decoding_table(frequencies(shape, bits))
     table.flags.writeable = False
     return table
-
-
-@lru_cache(maxsize=SHAPES)
-def parametric_split(shape: int, bits: int) -> SplitTable:
-    """``parametric_table`` for compiled loops."""
-    return SplitTable.of(frequencies(shape, bits))
 
 
 @lru_cache(maxsize=2 * SHAPES)

@@ -47,26 +47,6 @@ def decoding_table(frequencies: np.ndarray) -> np.ndarray:
     return np.repeat(counts, counts) | symbols << 16 | offsets << 24
 
 
-@dataclass(frozen=True)
-class SplitTable:
-    """A decoding table for compiled loops: an eighth of the memory, so that it stays in the cache.
-
-    Args:
-        symbols: for every slot of every context its symbol, uint8 [contexts · M].
-        steps: for every symbol of every context its frequency, and its start above bit 16, uint64 [contexts · 256].
-    """
-
-    symbols: np.ndarray
-    steps: np.ndarray
-
-    @staticmethod
-    def of(frequencies: np.ndarray) -> "SplitTable":
-        """The table of frequencies [contexts, 256]; each row sums to M, none equals M."""
-        starts = np.cumsum(frequencies, axis=1) - frequencies
-        symbols = np.repeat(np.tile(np.arange(256, dtype=np.uint8), len(frequencies)), frequencies.reshape(-1))
-        return SplitTable(symbols, (frequencies | starts << 16).reshape(-1).astype(np.uint64))
-
-
 def symbol_of(entries: np.ndarray) -> np.ndarray:
     """The symbols, uint8, of table entries as ``Reader.read`` returns them."""
     return (entries >> 16).astype(np.uint8)
@@ -113,7 +93,8 @@ class Reader:
         self._count = cursor.varint(cursor.left // 4, "the number of words")
         self.states = _read_states(cursor, lanes, bits)
         # Zeros behind the words: compiled code may read one word for each lane before it looks where it is.
-        self.words = np.append(np.frombuffer(cursor.take(4 * self._count), "<u4"), np.zeros(lanes, np.int64))
+        self.words = np.zeros(self._count + lanes, np.uint32)
+        self.words[: self._count] = np.frombuffer(cursor.take(4 * self._count), "<u4")
         self.at = 0
         self._scratch = np.empty(lanes, np.int64)
         self._hungry = np.empty(lanes, bool)

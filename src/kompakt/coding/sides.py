@@ -13,6 +13,8 @@ from kompakt.coding.models import ESCAPE, ZERO
 from kompakt.coding.rans import Call, Reader, decoding_table, symbol_of
 from kompakt.errors import FormatError
 
+MOST_SIDES = 2**26  # more than the values of a block allow
+
 
 def side_symbols(members: list[Member]) -> tuple[np.ndarray, np.ndarray]:
     """Factors and weights of all members, as symbols in the order of the format."""
@@ -41,7 +43,7 @@ def read_sides(
         factors: frequencies [256] of factors, or None where no member has any.
         weights: frequencies [256] of weights, likewise.
     """
-    counts = [_factor_counts(member) for member in members]
+    counts = [member.factor_counts for member in members]
     masks = [weight_mask(m.layout.taps) if m.model.weights is not None else None for m in members]
     factor_values = _read_side(reader, sum(sum(found) for found in counts), factors)
     weight_values = _read_side(reader, sum(int(np.count_nonzero(mask)) for mask in masks if mask is not None), weights)
@@ -62,21 +64,32 @@ def read_sides(
     return filled
 
 
-def _factor_counts(member: Member) -> tuple[int, int, int]:
-    scales, layout = member.model.scales, member.layout
-    return (
-        layout.outputs if scales.rows is not None else 0,
-        layout.inputs if scales.columns is not None else 0,
-        layout.taps if scales.taps is not None else 0,
-    )
+def check_side(count: int, histogram: np.ndarray | None) -> None:
+    """Check that there is a histogram, and that factors and weights are no more than blocks may hold.
+
+    Raises:
+        FormatError: they cannot be read.
+    """
+    if histogram is None:
+        raise FormatError("coded section: factors or weights without their histogram; the file is corrupt")
+    if count > MOST_SIDES:
+        raise FormatError(f"coded section: {count} factors or weights; the file is corrupt")
+
+
+def side_values(symbols: np.ndarray) -> np.ndarray:
+    """Factors or weights, int32, from their symbols.
+
+    Raises:
+        FormatError: one is an escape.
+    """
+    if int(symbols.max(initial=0)) == ESCAPE:
+        raise FormatError("coded section: a factor or weight out of range; the file is corrupt")
+    return symbols.astype(np.int32) - ZERO
 
 
 def _read_side(reader: Reader, count: int, table: np.ndarray | None) -> np.ndarray:
     if count == 0:
-        return np.zeros(0, np.int64)
-    if table is None:
-        raise FormatError("coded section: factors or weights without their histogram; the file is corrupt")
-    found = symbol_of(reader.read(np.zeros(count, np.int64), decoding_table(table[None])))
-    if bool((found == ESCAPE).any()):
-        raise FormatError("coded section: a factor or weight out of range; the file is corrupt")
-    return found.astype(np.int64) - ZERO
+        return np.zeros(0, np.int32)
+    check_side(count, table)
+    assert table is not None
+    return side_values(symbol_of(reader.read(np.zeros(count, np.int64), decoding_table(table[None]))))

@@ -3,11 +3,7 @@
 FORMAT.md §6.4 gives their order.
 """
 
-import sys
 from collections.abc import Iterator
-from functools import cache
-from importlib import import_module
-from types import ModuleType
 
 import numpy as np
 
@@ -78,29 +74,33 @@ def decode_values(bundles: list[Bundle], tables: Tables, reader: Reader, escapes
     Raises:
         FormatError: the stream or the escapes do not fit.
     """
-    loops = compiled_loops() or sys.modules[__name__]
     sparse = [bundle for bundle in bundles if bundle.sparse]
     if sparse:
-        found = loops.read_symbols(np.concatenate([bundle.head_contexts() for bundle in sparse]), tables, reader)
+        found = read_symbols(np.concatenate([bundle.head_contexts() for bundle in sparse]), tables, reader)
         _set_heads(sparse, found - np.uint8(ZERO))
     at = 0
     for tap, _, live in calls_of(bundles):
-        at = loops.read_call(tap, live, tables, reader, escapes, at)
+        at = read_call(tap, live, tables, reader, escapes, at)
         for bundle in live:
             bundle.check(tap)
-    if at > escapes.size:
+    check_escapes(at, escapes.size)
+
+
+def check_escapes(used: int, given: int) -> None:
+    """Check that all escapes were used, and no more.
+
+    Raises:
+        FormatError: they were not.
+    """
+    if used > given:
         raise FormatError("coded section: a value outside its table is missing; the file is corrupt")
-    if at < escapes.size:
+    if used < given:
         raise FormatError("coded section: values are left over beside it; the file is corrupt")
 
 
-@cache
-def compiled_loops() -> ModuleType | None:
-    """``kompakt.coding.compiled``, or None where there is no numba or no place for what it compiles."""
-    try:
-        return import_module("kompakt.coding.compiled")
-    except (ImportError, OSError, RuntimeError):
-        return None
+def late_head() -> FormatError:
+    """The error of a head that is more than the taps."""
+    return FormatError("coded section: a kernel begins after its last tap; the file is corrupt")
 
 
 def read_symbols(contexts: np.ndarray, tables: Tables, reader: Reader) -> np.ndarray:
@@ -144,7 +144,7 @@ def _set_heads(bundles: list[Bundle], heads: np.ndarray) -> None:
     for bundle in bundles:
         bundle.heads = heads[start : start + bundle.size]
         if bundle.size and int(bundle.heads.max()) > bundle.taps:
-            raise FormatError("coded section: a kernel begins after its last tap; the file is corrupt")
+            raise late_head()
         start += bundle.size
 
 

@@ -54,7 +54,7 @@ class TableSet:
 
     def by_class(self) -> np.ndarray:
         """The context of each scale class where nothing is predicted, int64 [37]."""
-        return self.contexts(np.arange(CLASSES), None).astype(np.int64)
+        return self.first + np.searchsorted(self.classes, np.arange(CLASSES), side="right") * (len(self.bins) + 1)
 
     def by_bin(self) -> np.ndarray:
         """What predictions of magnitude 0 … 63 and beyond add to a context, int64 [65]."""

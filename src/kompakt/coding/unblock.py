@@ -12,11 +12,9 @@ from kompakt.coding import huffman
 from kompakt.coding.bitpack import packed_size, unpack
 from kompakt.coding.bundle import Member, Tables
 from kompakt.coding.header import Coded, Constant, Entry, Huffman, Packed, read_entry
-from kompakt.coding.kernels import from_taps
+from kompakt.coding.kernels import Plane, from_taps
 from kompakt.coding.models import SHAPES, read_histogram
-from kompakt.coding.rans import Reader
-from kompakt.coding.sides import read_sides
-from kompakt.coding.stream import decode_values, make_bundles
+from kompakt.coding.section import compiled_loops, decode_section
 from kompakt.coding.tablesets import TableSet, read_set
 from kompakt.coding.wire import Cursor
 from kompakt.errors import FormatError
@@ -71,7 +69,7 @@ def decode_block(data: bytes | memoryview, specs: list[Spec], where: str = "a bl
         raise FormatError(f"{where}: {count} members, {len(specs)} expected; the file is corrupt")
     entries = [read_entry(head) for _ in range(count)]
     coded = [(index, entry) for index, entry in enumerate(entries) if isinstance(entry, Coded)]
-    high: dict[int, np.ndarray] = {}
+    high: dict[int, Plane] = {}
     carried = b""
     if coded:
         tables = _read_tables(head, [entry for _, entry in coded])
@@ -119,19 +117,12 @@ def _read_escapes(head: Cursor) -> np.ndarray:
 
 def _decode_coded(
     cursor: Cursor, coded: list[tuple[int, Coded]], specs: list[Spec], tables: _Tables
-) -> tuple[dict[int, np.ndarray], bytes]:
-    """The modelled values of each coded member, float32 [K, N], and the bytes that the stream carries."""
+) -> tuple[dict[int, Plane], bytes]:
+    """The modelled values of each coded member, and the bytes that the stream carries."""
     members = [Member.of(entry, specs[index].shape) for index, entry in coded]
-    reader = Reader(cursor, tables.bits)
-    members = read_sides(members, reader, tables.factors, tables.weights)
     space = Tables(tables.shape, tables.sets, tables.bits)
-    bundles = make_bundles(members, space, 1 << tables.bits)
-    decode_values(bundles, space, reader, tables.escapes)
-    found = {}
-    for bundle in bundles:
-        for place, part in bundle.parts:
-            found[coded[place][0]] = bundle.values[:, part]
-    return found, reader.close()
+    found, carried = decode_section(cursor, members, space, (tables.factors, tables.weights), tables.escapes)
+    return {index: plane for (index, _), plane in zip(coded, found, strict=True)}, carried
 
 
 def _raw_section(cursor: Cursor, entries: list[Entry], specs: list[Spec], carried: bytes) -> Cursor:
@@ -150,7 +141,7 @@ def _raw_size(entry: Entry, spec: Spec) -> int:
 
 
 def _restore(
-    index: int, entry: Entry, spec: Spec, high: np.ndarray | None, stream: memoryview | None, raw: Cursor
+    index: int, entry: Entry, spec: Spec, high: Plane | None, stream: memoryview | None, raw: Cursor
 ) -> np.ndarray:
     """The array of one member; takes its part of the raw section."""
     if isinstance(entry, Constant):
@@ -167,13 +158,17 @@ def _restore(
     return _unmodel(high, low, entry, spec, raw.where)
 
 
-def _unmodel(high: np.ndarray, low: np.ndarray | None, entry: Coded, spec: Spec, where: str) -> np.ndarray:
-    """A coded member from its modelled values [K, N] and its low bits."""
-    if low is None and entry.center == 0 and high.size:
-        _check_range(int(high.min()), int(high.max()), spec, where)
-        return from_taps(high, spec.shape, spec.dtype)
+def _unmodel(high: Plane, low: np.ndarray | None, entry: Coded, spec: Spec, where: str) -> np.ndarray:
+    """A coded member from its modelled values and its low bits."""
+    loops = compiled_loops()
+    if low is None:
+        _check_range(high.least + entry.center, high.most + entry.center, spec, where)
+        if loops is not None and high.values.dtype == np.int16 and spec.dtype.itemsize == 1:
+            return loops.to_rows(high, entry.center, spec.dtype).reshape(spec.shape)
+        if entry.center == 0:
+            return from_taps(high.values, spec.shape, spec.dtype)
     wide = np.int64 if entry.shift > 8 or abs(entry.center) > 2**24 else np.int32
-    values = from_taps(high, spec.shape, np.dtype(wide))
+    values = from_taps(high.values, spec.shape, np.dtype(wide))
     if low is not None:
         values <<= entry.shift
         values += low.reshape(spec.shape)

@@ -39,7 +39,8 @@ class Cursor:
 
     def u8(self, most: int = 255, what: str = "a field") -> int:
         """Read a byte of at most ``most``."""
-        return self._bounded(self._byte(), most, what)
+        byte = self._byte()
+        return byte if byte <= most else self._bounded(byte, most, what)
 
     def fixed(self, size: int) -> int:
         """Read an unsigned little-endian number of ``size`` bytes."""
@@ -47,6 +48,10 @@ class Cursor:
 
     def varint(self, most: int = 2**63 - 1, what: str = "a number") -> int:
         """Read an unsigned LEB128 number of at most ``most``."""
+        # Most numbers of an index are one byte; thousands of them are most of the time of a small file.
+        if self.at < self._end and (byte := self.data[self.at]) < 128:
+            self.at += 1
+            return byte if byte <= most else self._bounded(byte, most, what)
         value = 0
         for position in range(VARINT_BYTES):
             byte = self._byte()
