@@ -17,9 +17,10 @@ from typing import Literal
 from kompakt.engine.choice import Choice
 
 Objective = Literal["size", "latency", "both"]
-STRIDE, CLOSE, CLOSE_TRAINED, NEAR = 1.5, 1.15, 1.3, 2.0
+STRIDE, CLOSE, CLOSE_TRAINED, NEAR, AGAIN = 1.5, 1.15, 1.3, 2.0, 2
 """Factors of a climb: its step, and how near it comes to what breaks the budget, where a try is cheap or a training.
-A trained network that loses at most ``NEAR`` times what it may is trained once more before it is given up."""
+A trained network that loses at most ``NEAR`` times what it may is trained on, ``AGAIN`` times at most, while it gets
+better, before it is given up."""
 RECOVERED = 3.0
 """Training begins at the smallest network that lost so many times what it may without: most of it comes back."""
 NATS, FIRST = (0.0027, 0.008, 0.016, 0.032, 0.08), 2
@@ -190,11 +191,13 @@ class _Walk:
                 best = further
 
     def held(self, choice: Choice) -> Choice | None:
-        """Return a trained choice that keeps the budget: this one, or where it comes near, trained once more."""
-        if self.keeps(choice):
-            return choice
-        longer = replace(choice, after=choice)
-        return longer if self.drops[choice] <= NEAR * self.space.max_drop and self.keeps(longer) else None
+        """Return a trained choice that keeps the budget: this one, or where it is near and comes nearer, trained on."""
+        nearest = NEAR * self.space.max_drop
+        for _ in range(AGAIN):
+            if self.keeps(choice) or self.drops[choice] >= nearest:
+                break
+            choice, nearest = replace(choice, after=choice), self.drops[choice]
+        return choice if self.keeps(choice) else None
 
     def onward(self, last: Choice, high: float | None) -> Choice:
         """Cut and train a network again and again, each from the one before, as far as the budget goes."""
