@@ -44,7 +44,6 @@ SUBJECTS = {
         size=32,
         stream=("conv1", "layer2.0.conv2", "layer3.0.conv2"),
         ends=("conv1", *(f"layer{stage}.{block}.conv2" for stage in (1, 2, 3) for block in range(3))),
-        channels_last=True,
         compile=True,
     ),
     "resnet18": Subject(
@@ -55,6 +54,7 @@ SUBJECTS = {
             *(f"layer{stage}.{block}.conv2" for stage in (1, 2, 3, 4) for block in range(2)),
             *(f"layer{stage}.0.downsample.0" for stage in (2, 3, 4)),
         ),
+        channels_last=True,
     ),
 }
 
