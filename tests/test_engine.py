@@ -71,8 +71,8 @@ def test_the_plan_of_a_search_ends_and_finds_the_largest_factor(slope, bits, tau
     assert truth(beyond) > 1 or best == space.most or taught == 0
     if objective == "latency":
         assert {choice.rate for choice in tried} == {0.0}
-    trained = [choice.epochs > 0 for choice in tried if choice.epochs or not choice.rate]
-    assert trained == sorted(trained)  # what is cheap comes first
+    begun = next(place for place, choice in enumerate(tried) if choice.epochs)
+    assert all(not choice.epochs and not choice.rate for choice in tried[:begun])  # what is cheap comes first
     coded = [choice.rate > 0 and not choice.epochs for choice in tried]
     assert coded == sorted(coded)  # and what was not trained is coded last
 
@@ -89,7 +89,11 @@ def test_a_trained_network_goes_on_from_one_that_kept_the_budget() -> None:
     # 1.84 lost 1.7 points untrained: training begins there, not at what was free.
     assert trained[0].fewer_macs > max(c.fewer_macs for c in tried if not c.epochs and not c.rate and truth(c) <= 1)
     assert trained[0].after is None
-    for choice in trained[1:]:
+    begun = [choice for choice in trained if choice.after is None]
+    factors = [choice.fewer_macs for choice in begun]
+    assert factors == sorted(factors, reverse=True)  # too bold, then as far as what it lost tells
+    assert len(begun) <= 3
+    for choice in trained[len(begun) :]:
         assert choice.after in trained
         assert choice.fewer_macs >= choice.after.fewer_macs
         assert truth(choice.after) <= 1 or (choice == replace(choice.after, after=choice.after))
@@ -99,11 +103,37 @@ def test_a_trained_network_goes_on_from_one_that_kept_the_budget() -> None:
     assert truth(replace(best, after=None)) > 1  # from the original it would not have kept the budget
 
 
+@pytest.mark.parametrize(("means", "least", "most"), [(0.5, 1.5, 2.3), (2.0, 2.3, 4.0), (6.0, 4.0, 8.0)])
+def test_the_more_time_there_is_the_smaller_the_network_where_training_begins(means, least, most) -> None:
+    """It begins between the strides where as much is lost as the epochs give back, and small ones have more epochs."""
+    space = Space(max_drop=1.0, means=means)
+    tried = walk(lambda choice: 0.5 if choice.epochs else 3.0 * (choice.fewer_macs - 1) ** 1.5, space)
+    first = next(choice for choice in tried if choice.epochs)
+    assert least < first.fewer_macs < most
+    assert first.epochs == space.epochs_at(first.fewer_macs)
+    assert {choice.epochs for choice in walk(lambda choice: 0.0, replace(space, means=0.01))} == {0}
+
+
+def test_where_the_time_of_a_round_is_not_left_a_shorter_one_is_made(
+    net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Choice] = []
+    monkeypatch.setattr(module.Effort, "suffices", lambda self, job, choice, base, tried: choice.epochs <= 2)
+    monkeypatch.setattr(
+        module, "verify", lambda job, original, number, choice: seen.append(choice) or tried(number, 0.0)
+    )
+    monkeypatch.setattr(module, "all_tried", lambda out: [tried(number, 0.0) for number in range(len(seen))])
+    monkeypatch.setattr(module, "shipped", lambda *given: None)
+    recipe = Recipe(budget=BudgetSection(max_drop=1.0), finetune=FinetuneSection(epochs=4))
+    explore(job(net, tmp_path, recipe=recipe), Asked(candidates=10))
+    assert {choice.epochs for choice in seen} == {0, 2}
+
+
 def test_what_is_in_other_hands_is_not_proposed_again() -> None:
     first = propose({}, SMALL)
     assert propose({first: float("inf")}, SMALL) not in (None, first)
     assert Choice(fewer_macs=1.5) in walk(lambda choice: 0.0, SMALL)
-    assert walk(lambda choice: float("inf"), SMALL)[-1].epochs == 3
+    assert 3 in {choice.epochs for choice in walk(lambda choice: float("inf"), SMALL)}
 
 
 def test_the_sampler_draws_what_is_near_to_what_kept_the_budget(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from kompakt.networks import is_made
 from kompakt.plan.recipe import Recipe
 
 SPENT = "spent"
-PROBES, PROBE_BATCH = 3, 128
+PROBES, PROBE_BATCH = 4, 128
 TEACHER_COST, KEPT_COST, PRICED_COST = 1.5, 1.1, 1.3
 RESERVE = 1.5
 RECENT = 4
@@ -93,7 +93,10 @@ def epoch_cost(job: Job, choose: bool) -> tuple[float, bool]:
     section = job.recipe.finetune
     is_open = choose and inputs.ndim == 4 and "channels_last" not in section.model_fields_set
     layouts = (False, True) if is_open else (section.channels_last,)
-    best = {layout: _step_seconds(job, inputs, labels, layout) for layout in layouts}
+    steps = {layout: _Step(job, inputs, labels, layout) for layout in layouts}
+    best = dict.fromkeys(layouts, float("inf"))
+    for _ in range(PROBES):
+        best = {layout: min(best[layout], step.seconds()) for layout, step in steps.items()}
     layout = min(best, key=lambda each: best[each])
     return teacher_cost(job.recipe) * best[layout] * len(job.data.train) / len(inputs), layout
 
@@ -103,12 +106,16 @@ def teacher_cost(recipe: Recipe) -> float:
     return KEPT_COST if cached(recipe) else TEACHER_COST
 
 
-def _step_seconds(job: Job, inputs: Tensor, labels: Tensor, channels_last: bool) -> float:
-    layout = torch.channels_last if channels_last and inputs.ndim == 4 else torch.contiguous_format
-    model = copy.deepcopy(job.model).train().to(memory_format=layout)
-    inputs, best = inputs.contiguous(memory_format=layout), float("inf")
-    for _ in range(PROBES):
+class _Step:
+    """A step of training in one layout."""
+
+    def __init__(self, job: Job, inputs: Tensor, labels: Tensor, channels_last: bool) -> None:
+        layout = torch.channels_last if channels_last and inputs.ndim == 4 else torch.contiguous_format
+        self.model = copy.deepcopy(job.model).train().to(memory_format=layout)
+        self.inputs, self.labels = inputs.contiguous(memory_format=layout), labels
+
+    def seconds(self) -> float:
+        """Time one."""
         started = time.monotonic()
-        F.cross_entropy(model(inputs), labels).backward()
-        best = min(best, time.monotonic() - started)
-    return best
+        F.cross_entropy(self.model(self.inputs), self.labels).backward()
+        return time.monotonic() - started

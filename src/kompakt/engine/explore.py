@@ -27,8 +27,9 @@ from kompakt.measure.result import Result, Tried
 from kompakt.methods.blocks import residual_blocks
 from kompakt.plan.recipe import PruneSection, Recipe
 
-TRAINED_SHARE, TRAINED, HALVED, MOST_EPOCHS = 0.7, 3, 2, 30
-"""Of the effort, so much is for training, shared by about so many networks that cost half as much as the original."""
+TRAINED_SHARE, ROUNDS, LEAST = 0.7, 2, 3
+"""Of the effort, so much is for training, in so many rounds; where the time of a round is not left, one of a ``LEAST``
+of its epochs is still worth it."""
 
 
 class TimeUp(Exception):
@@ -132,16 +133,19 @@ class _Search:
         """Propose what comes next in the plan; what the time that is left does not suffice for counts as failed."""
         known = dict(drops)
         while (proposed := propose(known, self.space)) is not None:
-            if not tried or self.effort.suffices(self.job, proposed, self.job.recipe, tried):
-                break
+            for choice in _shorter(proposed):
+                if choice not in known and (
+                    not tried or self.effort.suffices(self.job, choice, self.job.recipe, tried)
+                ):
+                    return choice
             known[proposed] = float("inf")
-        return proposed
+        return None
 
     def _within_means(self, tried: list[Tried]) -> Space:
         """Return what a sampler may draw in the time that is left: training, or none."""
-        most = Choice(epochs=self.space.epochs)
+        most = Choice(epochs=self.space.epochs_at(1.0))
         can = not tried or self.effort.suffices(self.job, most, self.job.recipe, tried)
-        return self.space if can else replace(self.space, epochs=0)
+        return self.space if can else self.space.untrained()
 
     def _ended(self, tried: list[Tried], proposed: Choice | None) -> str:
         """Say why the search ends here; empty where it goes on."""
@@ -180,6 +184,11 @@ class _Search:
             return f"candidate {number}: {choice}{left}"
         so_far = f"{best.what}: {best.points:.2f} points, {best.packed_bytes or 0:,} bytes"
         return f"candidate {number}: {choice}; best so far {so_far}{left}"
+
+
+def _shorter(choice: Choice) -> list[Choice]:
+    """Return a choice and what it is with fewer and fewer epochs in its last round."""
+    return [replace(choice, epochs=epochs) for epochs in range(choice.epochs, choice.epochs // LEAST, -1)] or [choice]
 
 
 def _original(job: Job) -> Original:
@@ -244,16 +253,17 @@ def _space(job: Job, asked: Asked, ledger: Ledger, original: Original) -> tuple[
     job = replace(job, recipe=job.recipe.model_copy(update={"finetune": finetune}))
     job.say("timing a step of training")
     seconds, channels_last = epoch_cost(job, asked.minutes is not None)
+    means = 0.0
     if not epochs and asked.minutes is not None:
         priced = 1.0 if asked.objective == "latency" else PRICED_COST
-        affordable = asked.minutes * 60 * TRAINED_SHARE / (priced * seconds / HALVED)
-        epochs = max(round(affordable / TRAINED), int(affordable >= 1))
+        means = asked.minutes * 60 * TRAINED_SHARE / (priced * seconds) / ROUNDS
     graph = trace(job.model, next(iter(job.data.train.batches(2, limit=2)))[0]).graph
     align = 1 if asked.objective == "size" else _alignment(job, couple(graph))
     space = Space(
         objective=asked.objective,
         max_drop=1.0 if limit is None else limit,
-        epochs=min(epochs, MOST_EPOCHS),
+        epochs=epochs,
+        means=round(means, 3),
         blocks=min(2, len(residual_blocks(graph))),
         align=align,
         channels_last=channels_last,

@@ -14,7 +14,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from kompakt.engine.choice import Choice
-from kompakt.engine.strategy import Space
+from kompakt.engine.strategy import MOST_EPOCHS, Space
 from kompakt.errors import InputError
 from kompakt.measure.result import Tried
 
@@ -94,7 +94,8 @@ class Ledger:
 
     def _read(self, trial: Trial, space: Space, reach: Space | None) -> Choice:
         """Read what a trial tries: what was proposed, or what the sampler draws."""
-        drawn = _suggest(trial, space if self._planned(trial) else reach or space)
+        planned = self._planned(trial)
+        drawn = _suggest(trial, space if planned else reach or space, planned)
         after = trial.user_attrs.get(AFTER)
         return drawn if after is None else replace(drawn, after=self.choices()[after])
 
@@ -173,14 +174,16 @@ def choice_of(trial: FrozenTrial, earlier: Mapping[int, Choice]) -> Choice | Non
     return Choice(**found, after=before) if len(found) == len(DRAWN) else None
 
 
-def _suggest(trial: Trial, space: Space) -> Choice:
-    """Read what a trial tries, or let the sampler draw it."""
+def _suggest(trial: Trial, space: Space, planned: bool) -> Choice:
+    """Read what a trial tries, or let the sampler draw it: trained as long as any network may be, or not at all."""
+    least = space.epochs_at(1.0)
+    longest, step = (max(space.epochs, MOST_EPOCHS), 1) if planned else (least, max(least, 1))
     rates = (0.0,) if space.objective == "latency" else (0.0, *sorted({*space.rates, *space.prices}))
     return Choice(
         fewer_macs=round(trial.suggest_float("fewer_macs", 1.0, space.most, step=0.01), 2),
         drop_blocks=trial.suggest_int("drop_blocks", 0, space.blocks),
         rate=trial.suggest_categorical("rate", rates),
-        epochs=trial.suggest_int("epochs", 0, space.epochs, step=max(space.epochs, 1)),
+        epochs=trial.suggest_int("epochs", 0, longest, step=step),
     )
 
 
