@@ -13,6 +13,8 @@ from kompakt.allotment import Timing
 from kompakt.build.structure import restructured
 from kompakt.measure.result import Result
 from kompakt.plan.plan import Cut, Plan, Prune, Sparsify
+from kompakt.plan.recipe import PruneSection, QuantizeSection
+from kompakt.slim import within_bytes
 from tests.conftest import Run
 from tests.nets import residual
 
@@ -104,6 +106,20 @@ def test_a_plan_is_carried_out_again_to_the_same_shapes(tmp_path: Path, run: Run
     status, err = run("--plan", plan)
     assert status == 0, err
     assert {name: value.shape for name, value in weights(tmp_path).items()} == first
+
+
+def test_channels_go_until_the_parameters_take_so_many_bytes(tmp_path: Path, run: Run) -> None:
+    whole = sum(4 * parameter.numel() for parameter in residual().parameters())
+    status, err = run("--max-bytes", str(whole // 2))
+    assert status == 0, err
+    names = dict(residual().named_parameters())
+    left = sum(4 * weight.numel() for name, weight in weights(tmp_path).items() if name in names)
+    assert 0.7 * whole / 2 < left <= whole / 2
+    section = PruneSection(max_bytes=whole // 16)
+    assert within_bytes(section, residual(), QuantizeSection(weight_bits=4)).fewer_params == pytest.approx(2, rel=0.01)
+    status, err = run("--max-bytes", str(whole))
+    assert status == 2
+    assert "the parameters take" in err
 
 
 def test_a_plan_that_is_not_faster_is_refused(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

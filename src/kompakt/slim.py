@@ -27,7 +27,7 @@ from kompakt.methods.channels import Knobs
 from kompakt.methods.scores import Scoring, unit_scores
 from kompakt.methods.sparse import masks
 from kompakt.plan.plan import Plan, Prune, Quantize, Share, Sparsify
-from kompakt.plan.recipe import FinetuneSection, PruneSection
+from kompakt.plan.recipe import FinetuneSection, PruneSection, QuantizeSection
 from kompakt.sparsity import sparse_trained, thinned
 from kompakt.teaching import learner
 from kompakt.training import Slim, keeper, tuned
@@ -68,6 +68,7 @@ def slim(job: Job, example: Tensor, earlier: "Maker | None" = None) -> Slim:
         if penalised.penalty == "l1" and prune is not None:
             raise InputError("penalty l1 zeroes single weights; before channels go use group_lasso, bn_l1 or greg")
         found = sparse_trained(found, job, penalised, example)
+    prune = None if prune is None else within_bytes(prune, found.model, job.recipe.quantize)
     if prune is not None and prune.rounds > 1:
         return _in_rounds(found, job, prune, tune, example)
     if prune is not None:
@@ -79,6 +80,24 @@ def slim(job: Job, example: Tensor, earlier: "Maker | None" = None) -> Slim:
         job.say(f"training for {tune.epochs} epochs")
         found = tuned(found, job, tune, example, job.seed + len(job.recipe.before))
     return found
+
+
+def within_bytes(section: PruneSection, model: nn.Module, quantize: QuantizeSection | None) -> PruneSection:
+    """Say a budget of bytes as how many times fewer parameters: each takes the bits of ``[quantize]``, or 32.
+
+    Raises:
+        InputError: the model is within the budget as it is.
+    """
+    if section.max_bytes is None:
+        return section
+    bits = 32 if quantize is None else quantize.bits_each
+    whole = sum(parameter.numel() for parameter in model.parameters()) * bits / 8
+    if whole <= section.max_bytes:
+        raise InputError(
+            f"max_bytes {section.max_bytes:,}: at {bits:g} bits each the parameters take {whole:,.0f} already; "
+            "ask for less, or prune nothing"
+        )
+    return section.model_copy(update={"max_bytes": None, "fewer_params": whole / section.max_bytes})
 
 
 def _after(found: Slim, cut: Slim) -> Slim:

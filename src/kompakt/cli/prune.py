@@ -22,7 +22,7 @@ from kompakt.graph.fold import fold
 from kompakt.graph.trace import trace
 from kompakt.plan.plan import Plan
 from kompakt.plan.recipe import BudgetSection, PruneSection, Recipe, SparsifySection
-from kompakt.slim import as_planned, pruned
+from kompakt.slim import as_planned, pruned, within_bytes
 from kompakt.sparsity import sparsified
 from kompakt.training import Slim
 from kompakt.weights import save_weights
@@ -35,6 +35,7 @@ class PruneOptions:
     channels: Annotated[float | None, typer.Option(help="share of the channels that goes, 0 to 1")] = None
     fewer_macs: Annotated[float | None, typer.Option(help="times fewer multiply-accumulates, e.g. 2")] = None
     fewer_params: Annotated[float | None, typer.Option(help="times fewer parameters")] = None
+    max_bytes: Annotated[int | None, typer.Option(help="of the parameters, at most", min=1)] = None
     times_faster: Annotated[float | None, typer.Option(help="than the original, measured")] = None
     max_latency_ms: Annotated[float | None, typer.Option(help="time for one example, measured")] = None
     drop_blocks: Annotated[int, typer.Option(help="residual blocks that go whole, by measured effect", min=0)] = 0
@@ -53,7 +54,7 @@ class PruneOptions:
     @property
     def sizes(self) -> dict[str, float]:
         """The options that say how far to go, those that are given."""
-        names = ("channels", "fewer_macs", "fewer_params", "times_faster", "max_latency_ms")
+        names = ("channels", "fewer_macs", "fewer_params", "max_bytes", "times_faster", "max_latency_ms")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def section(self) -> PruneSection | None:
@@ -84,6 +85,7 @@ class PruneOptions:
             channels=self.channels,
             fewer_macs=self.fewer_macs,
             fewer_params=self.fewer_params,
+            max_bytes=self.max_bytes,
             times_faster=self.times_faster,
             max_latency_ms=self.max_latency_ms,
             drop_blocks=self.drop_blocks,
@@ -204,6 +206,7 @@ def _without_data(
         if section is not None:
             say("removing channels")
             timing = Timing(target=runtime, threads=run.threads, folder=cache_folder(), progress=not run.quiet)
+            section = within_bytes(section, network, None)
             found = pruned(network, None, section, model.example(), run.seed, timing)
         if thin is not None:
             _at_once(thin)

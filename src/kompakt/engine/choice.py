@@ -60,8 +60,8 @@ class Choice:
         if self.fewer_macs > 1 or self.drop_blocks:
             section = base.prune or PruneSection(allocation="sensitivity")
             fewer = self.fewer_macs if self.fewer_macs > 1 else None
-            update = {"fewer_macs": fewer, "channels": None, "fewer_params": None, "times_faster": None}
-            update |= {"max_latency_ms": None, "drop_blocks": self.drop_blocks, "rounds": 1}
+            update = {"fewer_macs": fewer, "channels": None, "fewer_params": None, "max_bytes": None}
+            update |= {"times_faster": None, "max_latency_ms": None, "drop_blocks": self.drop_blocks, "rounds": 1}
             prune = section.model_copy(update=update)
         quantize = base.quantize or QuantizeSection()
         if self.rate and not self.epochs:

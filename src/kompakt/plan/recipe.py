@@ -59,6 +59,11 @@ class QuantizeSection(Section):
     keep: tuple[str, ...] = ()
 
     @property
+    def bits_each(self) -> float:
+        """Bits that a weight has on average before it is coded, as far as the recipe says so; else 8."""
+        return self.codebook or self.average_bits or self.weight_bits or 8
+
+    @property
     def mixed(self) -> bool:
         """Whether bits are chosen layer by layer."""
         return any((self.average_bits, self.average_activation_bits, self.max_bytes, self.fewer_bops))
@@ -67,7 +72,8 @@ class QuantizeSection(Section):
 class PruneSection(Section):
     """``[prune]``: coupled channels that are really removed; see ``kompakt.methods.channels.Knobs``.
 
-    One of ``channels`` (the share that goes), ``fewer_macs`` and ``fewer_params`` (how many times fewer)
+    One of ``channels`` (the share that goes), ``fewer_macs`` and ``fewer_params`` (how many times fewer), ``max_bytes``
+    (of the parameters, at the bits of ``[quantize]``)
     and, with the latency allocation, ``times_faster`` or ``max_latency_ms`` says how far. The score of a channel is
     ``criterion`` (``reduction`` over what is coupled, ``normalisation`` between groups), how much goes where is
     ``allocation``: where nothing is said, ``sensitivity`` with data, else ``global``. Widths become multiples of
@@ -80,6 +86,7 @@ class PruneSection(Section):
     channels: float | None = Field(default=None, gt=0, lt=1)
     fewer_macs: float | None = Field(default=None, gt=1)
     fewer_params: float | None = Field(default=None, gt=1)
+    max_bytes: int | None = Field(default=None, ge=1)
     times_faster: float | None = Field(default=None, gt=1)
     max_latency_ms: float | None = Field(default=None, gt=0)
     drop_blocks: int = Field(default=0, ge=0)
