@@ -7,8 +7,9 @@ network has not seen; all tools are scored on the other 8,000. The peers' settin
 as its best row.
 
 Cells are lines of ``benchmarks/results/compress/*.jsonl``; a cell that is there is not measured again, so the run
-can be stopped and taken up. ``sh benchmarks/peers/setup.sh`` makes the peers' environment; ``--pruner`` names a
-Python with torch-pruning, ONNX Runtime and onnxscript. Writes ``docs/compress-figures.md`` and its plots.
+can be stopped and taken up. ``sh benchmarks/peers/setup.sh`` makes the peers' environment, ``sh
+benchmarks/peers/setup_more.sh`` those of torch-pruning, Olive and ModelOpt, on top of ``.venv``. Writes
+``docs/compress-figures.md`` and its plots.
 """
 
 import argparse
@@ -49,6 +50,8 @@ def main() -> int:
     parser.add_argument("--cifar", default="/tmp/data", help="CIFAR-10 as an image folder")
     parser.add_argument("--peers", default=".venv-peers/bin/python", help="the Python that has NNCF and OpenVINO")
     parser.add_argument("--pruner", default=".venv-torch-pruning/bin/python", help="the Python that has torch-pruning")
+    parser.add_argument("--olive", default=".venv-olive/bin/python", help="the Python that has Olive")
+    parser.add_argument("--modelopt", default=".venv-modelopt/bin/python", help="the Python that has ModelOpt")
     parser.add_argument("--page", action="store_true", help="write the page and nothing else")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -56,7 +59,15 @@ def main() -> int:
     cells = Cells(folder=RESULTS, spent=lambda: time.monotonic() > end)
     try:
         for name in [] if given.page else given.models:
-            bench = Bench(name=name, cifar=given.cifar, peers=given.peers, pruner=given.pruner, threads=given.threads)
+            bench = Bench(
+                name=name,
+                cifar=given.cifar,
+                peers=given.peers,
+                pruner=given.pruner,
+                threads=given.threads,
+                olive=given.olive,
+                modelopt=given.modelopt,
+            )
             run(cells, bench, given.tools, given.effort, given.epochs)
     except TimeUp:
         print("the time is used up; the same command goes on from here", flush=True)

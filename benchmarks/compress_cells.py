@@ -38,6 +38,10 @@ TOOLS: dict[str, tuple[str, tuple[str, ...]]] = {
     "ORT static int8, 7-bit weights": ("ort_static", ("u8s8-per-channel-7bit",)),
     "NNCF int8, OpenVINO": ("nncf_ptq", ("openvino",)),
     "NNCF int8, overflow fix, OpenVINO": ("nncf_ptq", ("openvino-overflow-fix",)),
+    "Olive, ORT int8": ("olive_static", ("default",)),
+    "Olive, ORT int8, 7-bit weights": ("olive_static", ("u8s8-per-channel-7bit",)),
+    "ModelOpt int8, entropy, ORT": ("modelopt_onnx", ("entropy",)),
+    "ModelOpt int8, max, ORT": ("modelopt_onnx", ("max",)),
     "torch-pruning 2×, trained, ORT int8": ("torch_pruning_chain", ("2.0",)),
     "torch-pruning 4×, trained, ORT int8": ("torch_pruning_chain", ("4.0",)),
     "kompakt": ("", ()),
@@ -55,6 +59,8 @@ class Bench:
     peers: str
     pruner: str
     threads: int
+    olive: str = ""
+    modelopt: str = ""
 
     @property
     def folder(self) -> Path:
@@ -114,7 +120,8 @@ def make(bench: Bench, tool: str, effort: float, epochs: int) -> dict[str, Any]:
     elif module == "openvino_float":
         found, files = in_own_process(bench.peers, module, onnx, str(out)), (module,)
     else:
-        found, files = in_own_process(bench.peers, module, onnx, calibration, str(out), *more), (module,)
+        python = {"olive_static": bench.olive, "modelopt_onnx": bench.modelopt}.get(module, bench.peers)
+        found, files = in_own_process(python, module, onnx, calibration, str(out), *more), (module,)
     if "error" in found:
         raise InputError(f"{tool}: {found['error']}")
     lines = sum(code_lines(ROOT / "benchmarks" / "peers" / f"{name}.py") for name in files)

@@ -77,6 +77,8 @@ def run_tuned(cells: Cells, bench: Bench, given: argparse.Namespace, ratios: lis
         attention=given.attention,
         steps=given.steps,
     )
+    if "torch-pruning" in given.tools:
+        peers(bench, given.other)
     for seed in given.seeds:
         rows = [("unpruned", "", 1.0, "none")]
         for ratio in ratios:
