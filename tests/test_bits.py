@@ -16,18 +16,21 @@ from kompakt.build.aware import aware, shipped, with_signs
 from kompakt.build.quantize import codebooks, quantize, quantizers
 from kompakt.build.taps import set_mode
 from kompakt.build.train import Loader, TrainSettings, train
+from kompakt.data import Data
 from kompakt.errors import BudgetError, InputError, KompaktError, PlanError
 from kompakt.graph.calibrate import Stats, calibrate
 from kompakt.graph.fold import fold
 from kompakt.graph.trace import Capture, trace
+from kompakt.loaders import loader_split
 from kompakt.measure.sensitivity import bit_errors
 from kompakt.methods.codebook import Knobs as BookKnobs
 from kompakt.methods.codebook import codebook
-from kompakt.methods.mixed import Budgets, ends, mixed
+from kompakt.methods.mixed import FLOAT, Budgets, ends, mixed
 from kompakt.methods.uniform import Knobs, uniform
 from kompakt.numerics.codebook import share
 from kompakt.numerics.grid import lsq_quantize
 from kompakt.numerics.hessian import hessian_traces
+from kompakt.pace import Pace, kept_pace
 from kompakt.plan.plan import Plan, Quantize, Share
 from kompakt.plan.recipe import QuantizeSection
 from kompakt.plan.rules import ONNXRUNTIME, placed
@@ -195,15 +198,8 @@ def test_a_value_of_a_codebook_gets_the_mean_of_its_weights_gradients() -> None:
 def _job(**changes: Any) -> Any:
     from kompakt.job import Job
 
-    return Job(
-        model=nn.Identity(),
-        name="",
-        data=None,
-        source="",
-        target=target("onnxruntime"),
-        out=Path(),
-        **changes,  # type: ignore[arg-type]
-    )
+    given: dict[str, Any] = {"data": None, **changes}
+    return Job(model=nn.Identity(), name="", source="", target=target("onnxruntime"), out=Path(), **given)
 
 
 def _errors(folded: Capture, stats: Stats) -> dict[str, dict[int, float]]:
@@ -242,6 +238,49 @@ def test_the_trace_of_a_hessian_is_exact_for_a_diagonal_one() -> None:
     x, y = (torch.randn(5, requires_grad=True) for _ in range(2))
     found = hessian_traces((x.pow(2) * 3).sum() + y.pow(2).sum(), [x, y], 2, torch.Generator().manual_seed(0))
     assert found == pytest.approx([30.0, 10.0])
+
+
+def test_layers_stay_float_as_far_as_the_measured_time_allows() -> None:
+    _, folded, _ = prepared(residual())
+    names = [str(op.ref("weight")) for op in folded.graph.layers]
+    errors = {name: {8: float(place + 1), FLOAT: 0.0} for place, name in enumerate(names)}
+    slower = dict.fromkeys(names, 1.0)
+
+    def at(ms: float) -> dict[str, int]:
+        budgets = Budgets(max_ms=ms)
+        return mixed(folded.graph, ONNXRUNTIME, errors, budgets, 8, frozenset(), slower=slower, integers_ms=10.0)
+
+    for room in range(len(names) + 1):
+        floats = [name for name, bits in at(10.0 + room).items() if bits == FLOAT]
+        assert floats == names[len(names) - room :]  # those whose integers cost most
+    with pytest.raises(BudgetError):
+        at(9.0)
+
+    class Slow:
+        """Every layer in float costs twice what was measured alone."""
+
+        job = _job()
+
+        def speed(self, floats) -> float:
+            return 20.0 / (10.0 + 2 * len(list(floats)))
+
+    pace = Pace(original_ms=20.0, integers_ms=10.0, slower=slower)
+    bits, speed = kept_pace(at, Slow(), pace, 1.6)  # 12.5 ms: two as measured alone, one in truth
+    assert speed >= 1.6
+    assert sum(width == FLOAT for width in bits.values()) == 1
+    with pytest.raises(BudgetError, match="the fastest that was tried is 2"):
+        kept_pace(at, Slow(), pace, 3.0)
+
+
+def test_a_file_in_which_layers_stay_float_is_timed(tmp_path: Path) -> None:
+    _, folded, stats = prepared(residual())
+    section = QuantizeSection(times_faster=0.02, widths=(8,))
+    job = _job(data=Data(train=loader_split([(X, torch.zeros(len(X)).long())], "x"), validation=None, test=None))
+    plan, _, notes = planned(job, section, folded, stats, frozenset())
+    assert "stay float; measured" in " ".join(notes)
+    assert len(plan.of(Quantize)) < len(planned(job, QuantizeSection(), folded, stats, frozenset())[0].of(Quantize))
+    with pytest.raises(BudgetError, match="no assignment of bits is 1000 times faster"):
+        planned(job, section.model_copy(update={"times_faster": 1000.0}), folded, stats, frozenset())
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from kompakt.job import Job
 from kompakt.measure.sensitivity import bit_errors, trace_errors
 from kompakt.methods import codebook, mixed
 from kompakt.methods.uniform import Knobs, uniform
+from kompakt.pace import Track, kept_pace
 from kompakt.plan.plan import Plan, Quantize, Share
 from kompakt.plan.recipe import QuantizeSection
 from kompakt.plan.rules import Rules, integer_layers, placed, range_owner
@@ -56,7 +57,9 @@ def planned(job: Job, section: QuantizeSection, capture: Capture, stats: Stats, 
     notes: tuple[str, ...] = ()
     if section.mixed:
         chosen, notes = _chosen(job, section, capture, stats, asked)
-        asked = replace(asked, bits=chosen)
+        floats = {op.name for op in capture.graph.layers if chosen.get(str(op.ref("weight"))) == mixed.FLOAT}
+        bits = {name: width for name, width in chosen.items() if width != mixed.FLOAT}
+        asked = replace(asked, bits=bits, keep=asked.keep | floats)
     elif section.keep_ends:
         asked = replace(asked, bits=mixed.ends(capture.graph, rules, asked.keep))
     plan, left = uniform(capture.graph, rules, asked)
@@ -146,20 +149,51 @@ def _chosen(
         max_bytes=section.max_bytes,
         fewer_bops=section.fewer_bops,
     )
+    if section.times_faster is not None:
+        widths = {name: (*tried, mixed.FLOAT) if name in weights else tried for name, tried in widths.items()}
     free = {name: dict.fromkeys(tried, 0.0) for name, tried in widths.items()}
     mixed.mixed(graph, rules, free, budgets, section.activation_bits or 8, asked.keep)  # refused before it is measured
     job.say(f"measuring {len(weights)} weights and {len(inputs)} activations at {len(section.widths)} widths")
     base, _ = uniform(graph, rules, replace(asked, weight_range="mse"))
     count = TRACED_ON if section.sensitivity == "hessian" else MEASURED_ON
     batch = next(iter(job.data.train.subset(min(count, len(job.data.train)), seed=job.seed).batches(count)))
+    measured = {name: tuple(bits for bits in tried if bits != mixed.FLOAT) for name, tried in widths.items()}
     if section.sensitivity == "hessian":
-        errors = trace_errors(capture, base, batch, widths, job.seed)
+        errors = trace_errors(capture, base, batch, measured, job.seed)
     else:
-        errors = bit_errors(capture, base, stats, batch[0], widths)
-    bits = mixed.mixed(graph, rules, errors, budgets, section.activation_bits or 8, asked.keep)
-    numbers = {name: graph.tensor[name].numel for name in weights}
+        errors = bit_errors(capture, base, stats, batch[0], measured)
+    errors = {
+        name: found | ({mixed.FLOAT: 0.0} if mixed.FLOAT in widths[name] else {}) for name, found in errors.items()
+    }
+    activation_bits, times = section.activation_bits or 8, list[str]()
+    if section.times_faster is None:
+        bits = mixed.mixed(graph, rules, errors, budgets, activation_bits, asked.keep)
+    else:
+        job.say(f"timing files in which one of {len(layers)} layers stays float")
+        track = Track(job=job, capture=capture, stats=stats, asked=asked)
+        pace = track.pace()
+
+        def within(ms: float) -> dict[str, int]:
+            return mixed.mixed(
+                graph,
+                rules,
+                errors,
+                replace(budgets, max_ms=ms),
+                activation_bits,
+                asked.keep,
+                slower=pace.slower,
+                integers_ms=pace.integers_ms,
+            )
+
+        bits, speed = kept_pace(within, track, pace, section.times_faster)
+        left = sum(width == mixed.FLOAT for width in bits.values())
+        times = [f"{left} of {len(layers)} layers stay float; measured {speed:.2f}× as fast as all of them"]
+    numbers = {name: graph.tensor[name].numel for name in weights if bits[name] != mixed.FLOAT}
     average = sum(bits[name] * n for name, n in numbers.items()) / max(sum(numbers.values()), 1)
-    said = [f"bits of weights by measured error: {_counted(bits[n] for n in weights)}; {average:.2f} on average"]
+    said = [
+        f"bits of weights by measured error: {_counted(bits[n] for n in numbers)}; {average:.2f} on average",
+        *times,
+    ]
     if inputs:
         said.append(f"bits of layers' inputs: {_counted(bits[n] for n in inputs)}")
     return {**fixed, **bits}, tuple(said)

@@ -69,6 +69,9 @@ class FewBitsOptions:
     )
     max_bytes: Annotated[int | None, typer.Option(help="of the weights, at most", min=1)] = None
     fewer_bops: Annotated[float | None, typer.Option(help="times fewer bit operations than at 8 bits")] = None
+    times_faster: Annotated[
+        float | None, typer.Option(help="than the original, measured; as many layers stay float as that allows")
+    ] = None
     sensitivity: Annotated[Literal["output", "hessian"], typer.Option(help="how errors are measured")] = "output"
     keep_ends: Annotated[bool, typer.Option("--keep-ends", help="first and last layer at 8 bits")] = False
 
@@ -79,7 +82,7 @@ class FewBitsOptions:
             InputError: a budget of bits without ``--mixed``.
         """
         found = {name: value for name, value in vars(self).items() if name != "mixed"}
-        budgets = ("average_bits", "average_activation_bits", "max_bytes", "fewer_bops")
+        budgets = ("average_bits", "average_activation_bits", "max_bytes", "fewer_bops", "times_faster")
         given = [name for name in budgets if found[name] is not None]
         if given and not self.mixed:
             raise InputError(f"--{given[0].replace('_', '-')} is a budget of bits chosen by layer: add --mixed")

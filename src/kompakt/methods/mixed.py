@@ -10,8 +10,8 @@ from kompakt.plan.allocate import NamedCost, assign
 from kompakt.plan.rules import Rules, integer_layers, placed, range_owner
 
 Errors = Mapping[str, Mapping[int, float]]
-ENDS = 8
-"""Bits of the first and the last layer where they are kept."""
+ENDS, FLOAT = 8, 32
+"""Bits of the first and the last layer where they are kept; of a weight that stays float, where that may be chosen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,16 +23,26 @@ class Budgets:
         average_activation_bits: of the activations, each value of one example counting once.
         max_bytes: of the weights' integers.
         fewer_bops: how many times fewer bit operations, Σ MACs · bits · bits, than at 8 and 8 bits.
+        max_ms: of one call, where ``slower`` says what layers in float cost.
     """
 
     average_bits: float | None = None
     average_activation_bits: float | None = None
     max_bytes: int | None = None
     fewer_bops: float | None = None
+    max_ms: float | None = None
 
 
 def mixed(
-    graph: Graph, rules: Rules, errors: Errors, budgets: Budgets, activation_bits: int, keep: frozenset[str]
+    graph: Graph,
+    rules: Rules,
+    errors: Errors,
+    budgets: Budgets,
+    activation_bits: int,
+    keep: frozenset[str],
+    *,
+    slower: Mapping[str, float] | None = None,
+    integers_ms: float = 0.0,
 ) -> dict[str, int]:
     """Assign bits to weights, and to activations where ``errors`` has any.
 
@@ -46,6 +56,8 @@ def mixed(
         budgets: what the bits may cost.
         activation_bits: of the activations that have no errors.
         keep: layers that stay float.
+        slower: weight → milliseconds that a call takes more where it stays float (``FLOAT`` bits), as measured.
+        integers_ms: of a call where none does.
 
     Returns:
         Weight, or op → bits.
@@ -73,6 +85,11 @@ def mixed(
         owners = {op.name: range_owner(sites, str(op.ref("input"))) for op in layers}
         found = _bops(errors, layers, owners, activation_bits, budgets.fewer_bops)
         costs["bit operations as a share of those at 8 bits"] = found
+    if budgets.max_ms is not None:
+        more = {
+            name: {bits: ms if bits == FLOAT else 0.0 for bits in errors[name]} for name, ms in (slower or {}).items()
+        }
+        costs["milliseconds"] = NamedCost(options=more, budget=budgets.max_ms, fixed=integers_ms)
     return assign(errors, costs, maximise=False).choice
 
 

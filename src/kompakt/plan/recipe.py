@@ -26,9 +26,10 @@ class QuantizeSection(Section):
     ``nearest``. The range of weights is, where nothing is said, ``mse`` below 8 bits, else ``minmax``.
     ``codebook`` shares 2^bits values among the weights instead; activations then stay float unless their bits are
     said. ``average_bits``, ``average_activation_bits``, ``max_bytes`` (of weights) and ``fewer_bops`` choose the bits
-    of every layer among ``widths``. ``rate`` chooses steps and integers so that the coded file is small: nats of
-    divergence from the model's predictions that a bit may cost (``kompakt.build.rate``). ``keep_ends`` holds the
-    first and the last layer at 8 bits.
+    of every layer among ``widths``; with ``times_faster`` a layer may stay float as well, as far as the file, timed in
+    the target's runtime, is so many times faster than the original. ``rate`` chooses steps and integers so that the
+    coded file is small: nats of divergence from the model's predictions that a bit may cost (``kompakt.build.rate``).
+    ``keep_ends`` holds the first and the last layer at 8 bits.
     ``power_of_two`` makes every scale 2ⁿ and every zero point 0.
     """
 
@@ -43,6 +44,7 @@ class QuantizeSection(Section):
     average_activation_bits: float | None = Field(default=None, ge=1, le=8)
     max_bytes: int | None = Field(default=None, ge=1)
     fewer_bops: float | None = Field(default=None, gt=1)
+    times_faster: float | None = Field(default=None, gt=0)
     widths: tuple[Annotated[int, Field(ge=2, le=8)], ...] = (2, 3, 4, 5, 6, 8)
     sensitivity: Literal["output", "hessian"] = "output"
     rate: float | None = Field(default=None, gt=0)
@@ -66,7 +68,8 @@ class QuantizeSection(Section):
     @property
     def mixed(self) -> bool:
         """Whether bits are chosen layer by layer."""
-        return any((self.average_bits, self.average_activation_bits, self.max_bytes, self.fewer_bops))
+        budgets = (self.average_bits, self.average_activation_bits, self.max_bytes, self.fewer_bops, self.times_faster)
+        return any(budgets)
 
 
 class PruneSection(Section):
