@@ -27,6 +27,7 @@ from kompakt.cli.pick import pick_command
 from kompakt.data import Data
 from kompakt.engine.candidate import all_tried, folder_of
 from kompakt.engine.choice import Choice
+from kompakt.engine.effort import Effort
 from kompakt.engine.explore import Asked, explore
 from kompakt.engine.frontier import Limits, choose, fronted, one_point_more
 from kompakt.engine.ledger import Ledger, open_ledger
@@ -118,7 +119,7 @@ def test_where_the_time_of_a_round_is_not_left_a_shorter_one_is_made(
     net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Choice] = []
-    monkeypatch.setattr(module.Effort, "suffices", lambda self, job, choice, base, tried: choice.epochs <= 2)
+    monkeypatch.setattr(module.Effort, "suffices", lambda self, job, choice, *given: choice.epochs <= 2)
     monkeypatch.setattr(
         module, "verify", lambda job, original, number, choice: seen.append(choice) or tried(number, 0.0)
     )
@@ -544,9 +545,27 @@ def test_picking_from_a_folder_without_a_search_says_what_is_expected(tmp_path):
         pick_command(tmp_path)
 
 
+def test_how_long_training_took_tells_how_long_the_next_will_take(net, tmp_path: Path) -> None:
+    choices = {0: Choice(), 1: Choice(fewer_macs=2.0, epochs=4)}
+    made = [tried(0, 0.0).model_copy(update={"seconds": 10.0})]
+    one, next_round = job(net, tmp_path), Choice(fewer_macs=2.0, epochs=2, after=choices[1])
+
+    def suffices(left: float, choice: Choice, found: list[Tried]) -> bool:
+        now = time.monotonic()
+        effort = Effort(started=now, before=0.0, minutes=left / 60, epoch_seconds=50.0, teaching_seconds=40.0)
+        return effort.suffices(one, choice, one.recipe, found, choices)
+
+    # 25 to make it and measure the end, 40 for the teacher, 4 epochs at half of 50
+    assert not suffices(160, choices[1], made)
+    assert suffices(170, choices[1], made)
+    took = [*made, tried(1, 0.0).model_copy(update={"seconds": 10.0 + 280.0, "epochs": 4})]  # twice as long
+    assert not suffices(25 + 2 * 150 - 5, next_round, took)  # no network is kept here: both rounds count
+    assert suffices(25 + 2 * 150 + 5, next_round, took)
+
+
 def test_what_the_time_does_not_suffice_for_is_left_out_and_the_cheap_goes_on(net, tmp_path: Path, monkeypatch) -> None:
     seen: list[Choice] = []
-    monkeypatch.setattr(module.Effort, "suffices", lambda self, job, choice, base, tried: not choice.epochs)
+    monkeypatch.setattr(module.Effort, "suffices", lambda self, job, choice, *given: not choice.epochs)
     monkeypatch.setattr(
         module, "verify", lambda job, original, number, choice: seen.append(choice) or tried(number, 0.0)
     )

@@ -2,12 +2,14 @@
 
 import copy
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kompakt.augment import FORMS
 from kompakt.engine.candidate import NETWORKS
 from kompakt.engine.choice import Choice, cached
 from kompakt.files import atomic_write
@@ -18,7 +20,8 @@ from kompakt.plan.recipe import Recipe
 
 SPENT = "spent"
 PROBES, PROBE_BATCH = 4, 128
-TEACHER_COST, KEPT_COST, PRICED_COST = 1.5, 1.1, 1.3
+TEACHER_COST, KEPT_COST, PRICED_COST, FORWARD = 1.5, 1.1, 1.3, 1 / 3
+LEAST_PACE, MOST_PACE = 0.7, 3.0
 RESERVE = 1.5
 RECENT = 4
 """So many times an untrained candidate's time is kept for making the one that ships again and measuring it; so many
@@ -34,12 +37,14 @@ class Effort:
         before: seconds that earlier runs spent.
         minutes: in all; None is no limit.
         epoch_seconds: of training the original with a teacher.
+        teaching_seconds: what the first training spends on the teacher's answers, which are kept for the others.
     """
 
     started: float
     before: float
     minutes: float | None
     epoch_seconds: float = 0.0
+    teaching_seconds: float = 0.0
 
     def spent(self) -> float:
         """Seconds that were spent."""
@@ -49,16 +54,41 @@ class Effort:
         """Seconds that are left; infinite without a limit."""
         return float("inf") if self.minutes is None else 60 * self.minutes - self.spent()
 
-    def suffices(self, job: Job, choice: Choice, base: Recipe, tried: list[Tried]) -> bool:
-        """Whether a candidate can be made and the end measured in the time that is left."""
-        seconds = (1 + RESERVE) * untrained_seconds(tried)
-        there = replace(job, networks=job.out / NETWORKS)
+    def suffices(
+        self, job: Job, choice: Choice, base: Recipe, tried: list[Tried], choices: Mapping[int, Choice]
+    ) -> bool:
+        """Whether a candidate can be made and the end measured in the time that is left.
+
+        Args:
+            job: of the search.
+            choice: the candidate.
+            base: the user's recipe.
+            tried: what was made, which tells how long it takes.
+            choices: by number, what was tried.
+        """
+        training, there = 0.0, replace(job, networks=job.out / NETWORKS)
         for each in reversed(choice.rounds):
             if is_made(there, each.recipe(base)):
                 break
-            priced = PRICED_COST if each.rate else 1.0
-            seconds += priced * each.epochs * self.epoch_seconds / each.fewer_macs
+            training += self._round_seconds(each)
+        begun = [item for item in tried if item.epochs and item.state == "verified" and item.number in choices]
+        untaught = self.teaching_seconds if training and not begun else 0.0
+        seconds = (1 + RESERVE) * untrained_seconds(tried) + untaught + self._pace(begun, tried, choices) * training
         return seconds <= self.left()
+
+    def _round_seconds(self, choice: Choice) -> float:
+        """What the last round of a choice should take."""
+        priced = PRICED_COST if choice.rate else 1.0
+        return priced * choice.epochs * self.epoch_seconds / choice.fewer_macs
+
+    def _pace(self, begun: list[Tried], tried: list[Tried], choices: Mapping[int, Choice]) -> float:
+        """How many times as long as it should the latest training took."""
+        if not begun:
+            return 1.0
+        latest = begun[-1]
+        should = self._round_seconds(choices[latest.number]) + self.teaching_seconds * (latest is begun[0])
+        took = latest.seconds - untrained_seconds(tried)
+        return min(max(took / max(should, 1e-9), LEAST_PACE), MOST_PACE)
 
     def save(self, job: Job) -> None:
         """Write down what was spent, for a run that goes on."""
@@ -104,6 +134,11 @@ def epoch_cost(job: Job, choose: bool) -> tuple[float, bool]:
 def teacher_cost(recipe: Recipe) -> float:
     """Say what a teacher makes of the cost of a step: little where its answers are kept."""
     return KEPT_COST if cached(recipe) else TEACHER_COST
+
+
+def teaching_cost(recipe: Recipe) -> float:
+    """Say how many epochs' time the teacher's answers take once, where they are kept: a forward pass for each form."""
+    return FORWARD * FORMS[recipe.finetune.augment] if cached(recipe) else 0.0
 
 
 class _Step:

@@ -9,7 +9,7 @@ from functools import partial
 from kompakt.alignment import alignment
 from kompakt.engine.candidate import CANDIDATES, Original, all_tried, failed, folder_of, kept, verify
 from kompakt.engine.choice import Choice
-from kompakt.engine.effort import PRICED_COST, Effort, begun, epoch_cost
+from kompakt.engine.effort import PRICED_COST, Effort, begun, epoch_cost, teaching_cost
 from kompakt.engine.frontier import Limits, choose
 from kompakt.engine.ledger import Ledger, open_ledger
 from kompakt.engine.shipping import shipped
@@ -87,7 +87,7 @@ def explore(job: Job, asked: Asked) -> Result:
         ledger=ledger,
         space=space,
         limits=_limits(job, asked, original),
-        effort=replace(effort, epoch_seconds=seconds),
+        effort=replace(effort, epoch_seconds=seconds, teaching_seconds=teaching_cost(job.recipe) * seconds),
     )
     notes = search.run()
     search.effort.save(job)
@@ -134,17 +134,18 @@ class _Search:
         known = dict(drops)
         while (proposed := propose(known, self.space)) is not None:
             for choice in _shorter(proposed):
-                if choice not in known and (
-                    not tried or self.effort.suffices(self.job, choice, self.job.recipe, tried)
-                ):
+                if choice not in known and (not tried or self._suffices(choice, tried)):
                     return choice
             known[proposed] = float("inf")
         return None
 
+    def _suffices(self, choice: Choice, tried: list[Tried]) -> bool:
+        return self.effort.suffices(self.job, choice, self.job.recipe, tried, self.ledger.choices())
+
     def _within_means(self, tried: list[Tried]) -> Space:
         """Return what a sampler may draw in the time that is left: training, or none."""
         most = Choice(epochs=self.space.epochs_at(1.0))
-        can = not tried or self.effort.suffices(self.job, most, self.job.recipe, tried)
+        can = not tried or self._suffices(most, tried)
         return self.space if can else self.space.untrained()
 
     def _ended(self, tried: list[Tried], proposed: Choice | None) -> str:
@@ -153,7 +154,7 @@ class _Search:
             return f"{len(tried)} candidates were made, as many as asked for"
         if proposed is None and self.asked.minutes is None and self.asked.candidates is None:
             return "the plan of the search is carried out"
-        if tried and not self.effort.suffices(self.job, proposed or Choice(), self.job.recipe, tried):
+        if tried and not self._suffices(proposed or Choice(), tried):
             return "the effort does not suffice for another candidate"
         return ""
 
@@ -256,7 +257,8 @@ def _space(job: Job, asked: Asked, ledger: Ledger, original: Original) -> tuple[
     means = 0.0
     if not epochs and asked.minutes is not None:
         priced = 1.0 if asked.objective == "latency" else PRICED_COST
-        means = asked.minutes * 60 * TRAINED_SHARE / (priced * seconds) / ROUNDS
+        training = asked.minutes * 60 * TRAINED_SHARE - teaching_cost(job.recipe) * seconds
+        means = max(training, 0.0) / (priced * seconds) / ROUNDS
     graph = trace(job.model, next(iter(job.data.train.batches(2, limit=2)))[0]).graph
     align = 1 if asked.objective == "size" else _alignment(job, couple(graph))
     space = Space(
