@@ -116,8 +116,8 @@ def _tuned(cells: Cells, model: str) -> list[str]:
         *lines,
         "",
         "A drop is against the better of the original and the control, the unpruned network trained alike (mean over "
-        "its seeds; the original alone where the control was not run). *Taught*: nine tenths of the loss are the "
-        "original's soft targets, *attention*: its attention maps, weighed so, are added; neither torch-pruning's "
+        "its seeds; the original alone where the control was not run). *Taught*: the share of the loss that is the "
+        "original's soft targets; *attention*: its attention maps, weighed so, are added; neither torch-pruning's "
         "networks nor the control have a teacher. Seeds are few: a "
         "difference of some tenths of a point between rows settles nothing.",
     ]
@@ -125,7 +125,7 @@ def _tuned(cells: Cells, model: str) -> list[str]:
 
 def _recipe(cell: dict[str, Any]) -> tuple[float, str, int, float, str]:
     key = cell["key"]
-    taught = "yes" if key.get("distill") else "no"
+    taught = f"{key['distill']:g}" if key.get("distill") else "no"
     taught += f", attention {key['attention']:g}" if key.get("attention") else ""
     return key["ratio"], key["tool"], key["epochs"], key["learning_rate"], taught
 
