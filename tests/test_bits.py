@@ -25,12 +25,12 @@ from kompakt.loaders import loader_split
 from kompakt.measure.sensitivity import bit_errors
 from kompakt.methods.codebook import Knobs as BookKnobs
 from kompakt.methods.codebook import codebook
-from kompakt.methods.mixed import FLOAT, Budgets, ends, mixed
+from kompakt.methods.mixed import FLOAT, Budgets, Pace, ends, mixed
 from kompakt.methods.uniform import Knobs, uniform
 from kompakt.numerics.codebook import share
 from kompakt.numerics.grid import lsq_quantize
 from kompakt.numerics.hessian import hessian_traces
-from kompakt.pace import Pace, kept_pace
+from kompakt.pace import kept_pace
 from kompakt.plan.plan import Plan, Quantize, Share
 from kompakt.plan.recipe import QuantizeSection
 from kompakt.plan.rules import ONNXRUNTIME, placed
@@ -244,11 +244,10 @@ def test_layers_stay_float_as_far_as_the_measured_time_allows() -> None:
     _, folded, _ = prepared(residual())
     names = [str(op.ref("weight")) for op in folded.graph.layers]
     errors = {name: {8: float(place + 1), FLOAT: 0.0} for place, name in enumerate(names)}
-    slower = dict.fromkeys(names, 1.0)
+    pace = Pace(original_ms=20.0, integers_ms=10.0, slower=dict.fromkeys(names, 1.0))
 
     def at(ms: float) -> dict[str, int]:
-        budgets = Budgets(max_ms=ms)
-        return mixed(folded.graph, ONNXRUNTIME, errors, budgets, 8, frozenset(), slower=slower, integers_ms=10.0)
+        return mixed(folded.graph, ONNXRUNTIME, errors, Budgets(), 8, frozenset(), pace=pace, max_ms=ms)
 
     for room in range(len(names) + 1):
         floats = [name for name, bits in at(10.0 + room).items() if bits == FLOAT]
@@ -264,7 +263,6 @@ def test_layers_stay_float_as_far_as_the_measured_time_allows() -> None:
         def speed(self, floats) -> float:
             return 20.0 / (10.0 + 2 * len(list(floats)))
 
-    pace = Pace(original_ms=20.0, integers_ms=10.0, slower=slower)
     bits, speed = kept_pace(at, Slow(), pace, 1.6)  # 12.5 ms: two as measured alone, one in truth
     assert speed >= 1.6
     assert sum(width == FLOAT for width in bits.values()) == 1

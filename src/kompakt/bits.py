@@ -1,8 +1,9 @@
 """From a recipe's ``[quantize]`` section to a plan: uniform integers, codebooks, or bits chosen layer by layer."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from kompakt.build.aware import without_tensors
 from kompakt.errors import InputError
@@ -143,60 +144,58 @@ def _chosen(
     inputs = dict.fromkeys(range_owner(sites, str(op.ref("input"))) for op in layers) if joint else {}
     fixed = mixed.ends(graph, rules, asked.keep) if section.keep_ends else {}
     widths = {name: (fixed[name],) if name in fixed else section.widths for name in (*weights, *inputs)}
-    budgets = mixed.Budgets(
+    floats = {name: {mixed.FLOAT: 0.0} for name in weights} if section.times_faster is not None else {}
+
+    def assign(errors: mixed.Errors, **timed: Any) -> dict[str, int]:
+        return mixed.mixed(graph, rules, errors, _budgets(section), section.activation_bits or 8, asked.keep, **timed)
+
+    assign({name: dict.fromkeys(tried, 0.0) | floats.get(name, {}) for name, tried in widths.items()})  # can it be met?
+    job.say(f"measuring {len(weights)} weights and {len(inputs)} activations at {len(section.widths)} widths")
+    errors = _errors(job, section, capture, stats, asked, widths)
+    errors = {name: found | floats.get(name, {}) for name, found in errors.items()}
+    times: list[str] = []
+    if section.times_faster is None:
+        bits = assign(errors)
+    else:
+        job.say(f"timing files in which one of {len(layers)} layers stays float")
+        track = Track(job=job, capture=capture, stats=stats, asked=asked)
+        pace = track.pace()
+        bits, speed = kept_pace(lambda ms: assign(errors, pace=pace, max_ms=ms), track, pace, section.times_faster)
+        left = sum(width == mixed.FLOAT for width in bits.values())
+        times = [f"{left} of {len(layers)} layers stay float; measured {speed:.2f}× as fast as all of them"]
+    numbers = {name: graph.tensor[name].numel for name in weights if bits[name] != mixed.FLOAT}
+    average = sum(bits[name] * n for name, n in numbers.items()) / max(sum(numbers.values()), 1)
+    held = _counted(bits[name] for name in numbers)
+    said = [f"bits of weights by measured error: {held}; {average:.2f} on average", *times]
+    if inputs:
+        said.append(f"bits of layers' inputs: {_counted(bits[n] for n in inputs)}")
+    return {**fixed, **bits}, tuple(said)
+
+
+def _budgets(section: QuantizeSection) -> mixed.Budgets:
+    return mixed.Budgets(
         average_bits=section.average_bits,
         average_activation_bits=section.average_activation_bits,
         max_bytes=section.max_bytes,
         fewer_bops=section.fewer_bops,
     )
-    if section.times_faster is not None:
-        widths = {name: (*tried, mixed.FLOAT) if name in weights else tried for name, tried in widths.items()}
-    free = {name: dict.fromkeys(tried, 0.0) for name, tried in widths.items()}
-    mixed.mixed(graph, rules, free, budgets, section.activation_bits or 8, asked.keep)  # refused before it is measured
-    job.say(f"measuring {len(weights)} weights and {len(inputs)} activations at {len(section.widths)} widths")
-    base, _ = uniform(graph, rules, replace(asked, weight_range="mse"))
+
+
+def _errors(
+    job: Job,
+    section: QuantizeSection,
+    capture: Capture,
+    stats: Stats,
+    asked: Knobs,
+    widths: Mapping[str, tuple[int, ...]],
+) -> dict[str, dict[int, float]]:
+    """Measure the error of every tensor alone at its widths."""
+    base, _ = uniform(capture.graph, job.target.rules, replace(asked, weight_range="mse"))
     count = TRACED_ON if section.sensitivity == "hessian" else MEASURED_ON
     batch = next(iter(job.data.train.subset(min(count, len(job.data.train)), seed=job.seed).batches(count)))
-    measured = {name: tuple(bits for bits in tried if bits != mixed.FLOAT) for name, tried in widths.items()}
     if section.sensitivity == "hessian":
-        errors = trace_errors(capture, base, batch, measured, job.seed)
-    else:
-        errors = bit_errors(capture, base, stats, batch[0], measured)
-    errors = {
-        name: found | ({mixed.FLOAT: 0.0} if mixed.FLOAT in widths[name] else {}) for name, found in errors.items()
-    }
-    activation_bits, times = section.activation_bits or 8, list[str]()
-    if section.times_faster is None:
-        bits = mixed.mixed(graph, rules, errors, budgets, activation_bits, asked.keep)
-    else:
-        job.say(f"timing files in which one of {len(layers)} layers stays float")
-        track = Track(job=job, capture=capture, stats=stats, asked=asked)
-        pace = track.pace()
-
-        def within(ms: float) -> dict[str, int]:
-            return mixed.mixed(
-                graph,
-                rules,
-                errors,
-                replace(budgets, max_ms=ms),
-                activation_bits,
-                asked.keep,
-                slower=pace.slower,
-                integers_ms=pace.integers_ms,
-            )
-
-        bits, speed = kept_pace(within, track, pace, section.times_faster)
-        left = sum(width == mixed.FLOAT for width in bits.values())
-        times = [f"{left} of {len(layers)} layers stay float; measured {speed:.2f}× as fast as all of them"]
-    numbers = {name: graph.tensor[name].numel for name in weights if bits[name] != mixed.FLOAT}
-    average = sum(bits[name] * n for name, n in numbers.items()) / max(sum(numbers.values()), 1)
-    said = [
-        f"bits of weights by measured error: {_counted(bits[n] for n in numbers)}; {average:.2f} on average",
-        *times,
-    ]
-    if inputs:
-        said.append(f"bits of layers' inputs: {_counted(bits[n] for n in inputs)}")
-    return {**fixed, **bits}, tuple(said)
+        return trace_errors(capture, base, batch, widths, job.seed)
+    return bit_errors(capture, base, stats, batch[0], widths)
 
 
 def _counted(bits: Iterable[int]) -> str:

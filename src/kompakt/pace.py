@@ -14,28 +14,13 @@ from kompakt.graph.calibrate import Stats
 from kompakt.graph.trace import Capture
 from kompakt.job import Job
 from kompakt.measure.latency import interleave
-from kompakt.methods.mixed import FLOAT
+from kompakt.methods.mixed import FLOAT, Pace
 from kompakt.methods.uniform import Knobs, uniform
 from kompakt.plan.rules import integer_layers
 
 ROUNDS, SECONDS_EACH = 30, 0.5
 TRIES, SLACK = 4, 1.1
 """Assignments that are tried until the file is as fast as asked, and how many times faster still is near enough."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pace:
-    """Times of whole files in the target's runtime, measured in turn.
-
-    Args:
-        original_ms: of the float file.
-        integers_ms: of the file with all layers in integers.
-        slower: weight → milliseconds that the file takes more when this layer alone stays float; below 0 it is faster.
-    """
-
-    original_ms: float
-    integers_ms: float
-    slower: Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,14 +23,27 @@ class Budgets:
         average_activation_bits: of the activations, each value of one example counting once.
         max_bytes: of the weights' integers.
         fewer_bops: how many times fewer bit operations, Σ MACs · bits · bits, than at 8 and 8 bits.
-        max_ms: of one call, where ``slower`` says what layers in float cost.
     """
 
     average_bits: float | None = None
     average_activation_bits: float | None = None
     max_bytes: int | None = None
     fewer_bops: float | None = None
-    max_ms: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """Times of whole files in the target's runtime, measured in turn.
+
+    Args:
+        original_ms: of the float file.
+        integers_ms: of the file with all layers in integers.
+        slower: weight → milliseconds that the file takes more when this layer alone stays float; below 0 it is faster.
+    """
+
+    original_ms: float
+    integers_ms: float
+    slower: Mapping[str, float]
 
 
 def mixed(
@@ -41,8 +54,8 @@ def mixed(
     activation_bits: int,
     keep: frozenset[str],
     *,
-    slower: Mapping[str, float] | None = None,
-    integers_ms: float = 0.0,
+    pace: Pace | None = None,
+    max_ms: float | None = None,
 ) -> dict[str, int]:
     """Assign bits to weights, and to activations where ``errors`` has any.
 
@@ -56,8 +69,8 @@ def mixed(
         budgets: what the bits may cost.
         activation_bits: of the activations that have no errors.
         keep: layers that stay float.
-        slower: weight → milliseconds that a call takes more where it stays float (``FLOAT`` bits), as measured.
-        integers_ms: of a call where none does.
+        pace: what layers in float (``FLOAT`` bits) cost in time, as measured.
+        max_ms: of one call, with ``pace``.
 
     Returns:
         Weight, or op → bits.
@@ -85,11 +98,9 @@ def mixed(
         owners = {op.name: range_owner(sites, str(op.ref("input"))) for op in layers}
         found = _bops(errors, layers, owners, activation_bits, budgets.fewer_bops)
         costs["bit operations as a share of those at 8 bits"] = found
-    if budgets.max_ms is not None:
-        more = {
-            name: {bits: ms if bits == FLOAT else 0.0 for bits in errors[name]} for name, ms in (slower or {}).items()
-        }
-        costs["milliseconds"] = NamedCost(options=more, budget=budgets.max_ms, fixed=integers_ms)
+    if pace is not None and max_ms is not None:
+        slower = {name: {bits: ms * (bits == FLOAT) for bits in errors[name]} for name, ms in pace.slower.items()}
+        costs["milliseconds"] = NamedCost(options=slower, budget=max_ms, fixed=pace.integers_ms)
     return assign(errors, costs, maximise=False).choice
 
 
