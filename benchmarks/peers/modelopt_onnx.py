@@ -27,6 +27,7 @@ def run(source: Path, inputs: np.ndarray, out: Path, method: str) -> None:
         calibration_method=method,
         calibration_eps=["cpu"],
         high_precision_dtype="fp32",
+        dq_only=True,
         output_path=str(out / "model.onnx"),
         log_level="ERROR",
     )
