@@ -66,8 +66,9 @@ Compression: `python -m examples.deep_compression`.
   packed ONNX files went from 4.7 to 5.7–5.9 times on ResNet-20 (λ 1.5e-8; 31 → 27 ns) and from 6.4 to 8.1–8.4 times on
   ResNet-18 (λ 1e-8, 244 kB; 9.4 → 7.7–8.1 ns): index, headers and small arrays, in Python.
   See [the decision](decisions/0007-compiled-decoding.md).
-- ResNet-18 ≤ 300 kB at 1 point: 379 kB at 0.75 points (0.15 to 1.35), channels removed and trained for rate for 8 epochs by one search
-  ([compress-figures.md](compress-figures.md)); 323 kB were judged to lose 1.7. ResNet-32 ≤ 39 kB, ResNet-20 ≤ 23 kB: not trained yet. `python -m benchmarks.size
+- ResNet-18 ≤ 300 kB at 1 point: 379 kB at 0.75 points (0.15 to 1.35), channels removed and trained for rate for 8
+  epochs by one search ([compress-figures.md](compress-figures.md)); 323 kB were judged to lose 1.7.
+- ResNet-32 ≤ 39 kB, ResNet-20 ≤ 23 kB by training: not trained yet. `python -m benchmarks.size
   --networks resnet20 --rate 1e-6 --epochs 8` does, and adds its cell to the table.
 - LeNet-300-100 ≥ 100 times and LeNet-5 ≥ 200 times smaller at ≤ 0.1 points: with one seed and a price that rises,
   LeNet-300-100 is 110 times smaller (9,688 bytes) at +0.08 points of error on validation and +0.19 (+0.03 to +0.36) on
