@@ -43,6 +43,7 @@ ORDER = (
         "islands",
         "job",
         "networks",
+        "pace",
         "refinement",
         "report",
         "search",
