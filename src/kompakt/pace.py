@@ -84,7 +84,7 @@ def kept_pace(
     Raises:
         BudgetError: nothing that was tried is as fast; the message says how fast the file can be.
     """
-    budget, tried = pace.original_ms / times_faster, list[tuple[dict[str, int], float]]()
+    budget, high, tried = pace.original_ms / times_faster, float("inf"), list[tuple[dict[str, int], float]]()
     for _ in range(TRIES):
         try:
             bits = choose(budget)
@@ -92,9 +92,12 @@ def kept_pace(
             break
         speed = track.speed(name for name, width in bits.items() if width == FLOAT)
         tried.append((bits, speed))
-        if times_faster <= speed <= SLACK * times_faster:
+        if times_faster <= speed <= SLACK * times_faster or (speed < times_faster and budget <= pace.integers_ms):
             break
-        budget *= max(0.7, min(1.3, speed / times_faster))
+        if speed < times_faster:  # layers in float cost more together than each alone
+            high, budget = budget, max(pace.integers_ms, budget * max(0.7, speed / times_faster))
+        else:
+            budget = (budget + min(high, 1.3 * budget)) / 2
     good = [found for found in tried if found[1] >= times_faster]
     if not good:
         best = max([speed for _, speed in tried], default=pace.original_ms / pace.integers_ms)
