@@ -115,18 +115,24 @@ def test_the_more_time_there_is_the_smaller_the_network_where_training_begins(me
     assert {choice.epochs for choice in walk(lambda choice: 0.0, replace(space, means=0.01))} == {0}
 
 
+def tried_where(
+    suffices, epochs: int, candidates: int, net: nn.Module, out: Path, patch: pytest.MonkeyPatch
+) -> list[Choice]:
+    """Search where the time suffices for some choices only and nothing loses a point; return what was tried."""
+    seen: list[Choice] = []
+    patch.setattr(module.Effort, "suffices", lambda self, job, choice, *given: suffices(choice))
+    patch.setattr(module, "verify", lambda job, original, number, choice: seen.append(choice) or tried(number, 0.0))
+    patch.setattr(module, "all_tried", lambda out: [tried(number, 0.0) for number in range(len(seen))])
+    patch.setattr(module, "shipped", lambda *given: None)
+    recipe = Recipe(budget=BudgetSection(max_drop=1.0), finetune=FinetuneSection(epochs=epochs))
+    explore(job(net, out, recipe=recipe), Asked(candidates=candidates))
+    return seen
+
+
 def test_where_the_time_of_a_round_is_not_left_a_shorter_one_is_made(
     net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[Choice] = []
-    monkeypatch.setattr(module.Effort, "suffices", lambda self, job, choice, *given: choice.epochs <= 2)
-    monkeypatch.setattr(
-        module, "verify", lambda job, original, number, choice: seen.append(choice) or tried(number, 0.0)
-    )
-    monkeypatch.setattr(module, "all_tried", lambda out: [tried(number, 0.0) for number in range(len(seen))])
-    monkeypatch.setattr(module, "shipped", lambda *given: None)
-    recipe = Recipe(budget=BudgetSection(max_drop=1.0), finetune=FinetuneSection(epochs=4))
-    explore(job(net, tmp_path, recipe=recipe), Asked(candidates=10))
+    seen = tried_where(lambda choice: choice.epochs <= 2, 4, 10, net, tmp_path, monkeypatch)
     assert {choice.epochs for choice in seen} == {0, 2}
 
 
@@ -564,15 +570,7 @@ def test_how_long_training_took_tells_how_long_the_next_will_take(net, tmp_path:
 
 
 def test_what_the_time_does_not_suffice_for_is_left_out_and_the_cheap_goes_on(net, tmp_path: Path, monkeypatch) -> None:
-    seen: list[Choice] = []
-    monkeypatch.setattr(module.Effort, "suffices", lambda self, job, choice, *given: not choice.epochs)
-    monkeypatch.setattr(
-        module, "verify", lambda job, original, number, choice: seen.append(choice) or tried(number, 0.0)
-    )
-    monkeypatch.setattr(module, "all_tried", lambda out: [tried(number, 0.0) for number in range(len(seen))])
-    monkeypatch.setattr(module, "shipped", lambda *given: None)
-    recipe = Recipe(budget=BudgetSection(max_drop=1.0), finetune=FinetuneSection(epochs=1))
-    explore(job(net, tmp_path, recipe=recipe), Asked(candidates=12))
+    seen = tried_where(lambda choice: not choice.epochs, 1, 12, net, tmp_path, monkeypatch)
     assert len(seen) == 12
     assert {choice.epochs for choice in seen} == {0}
 

@@ -202,6 +202,10 @@ def test_an_interval_that_reaches_past_the_budget_is_said() -> None:
 
 def test_what_was_not_measured_has_no_card() -> None:
     assert [card.title for card in cards(unmeasured())] == ["File size", "Compute (MACs)"]
+    sent = factory.result().model_copy(update={"packed_bytes": factory.result().baseline.size_bytes // 118})
+    (size,) = (card for card in cards(sent) if card.title == "File size")
+    assert size.details[0].endswith(", 118× smaller")
+    assert size.details[0].startswith("As .kpk: ")
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def cards(result: Result) -> tuple[Card, ...]:
     before, after = result.baseline, result.compressed
     found = (
         _accuracy(result),
-        _less("File size", before.size_bytes, after.size_bytes, bytes_text, ("smaller", "larger")),
+        _size(result),
         _latency(before.latency_ms, after.latency_ms),
         _compute(result),
         _less("Memory", before.peak_memory_bytes, after.peak_memory_bytes, bytes_text, ("less", "more")),
@@ -144,6 +144,14 @@ def _accuracy(result: Result) -> Card | None:
         details=details,
         gauge=scale,
     )
+
+
+def _size(result: Result) -> Card | None:
+    """The file that runs, and what it takes to store and to send."""
+    before, after, packed = result.baseline.size_bytes, result.compressed.size_bytes, result.packed_bytes
+    less = ratio_text(before, packed, "smaller", "larger")
+    details = () if packed is None else (f"As .kpk: {bytes_text(packed)}, {less}".removesuffix(", "),)
+    return _less("File size", before, after, bytes_text, ("smaller", "larger"), details)
 
 
 def _less(
