@@ -1,14 +1,11 @@
 """Bytes against accuracy: python -m benchmarks.size [--networks resnet20 …] [--data DIR] [--rate 1e-6 --epochs 8].
 
-The zoo's networks (CIFAR-10) are packed by kompakt at several prices of a bit and, where it is installed, by
-NNCodec at several
-steps (dependent quantization on, its defaults otherwise). Each file is read back and its network scored in ONNX
-Runtime on the
-validation part of train, by which a user chooses, and on the test images. Beside them: the fp32 file, and it under
-zstd-19. Cells are
-written as they are done to ``results/size/NETWORK.jsonl`` and not measured again; ``--page`` writes docs/size.md
-from them. With ``--rate`` and ``--epochs`` the networks are trained for rate instead (``[finetune] rate``, the
-original teaching, shifted and mirrored images): one cell.
+The zoo's networks (CIFAR-10) are packed by kompakt at several prices of a bit and, where it is installed, by NNCodec
+at several steps (dependent quantization on, its defaults otherwise). Each file is read back and its network scored in
+ONNX Runtime on the validation part of train, by which a user chooses, and on the test images. Beside them: the fp32
+file, and it under zstd-19. Cells are written as they are done to ``results/size/NETWORK.jsonl`` and not measured
+again; ``--page`` writes docs/size.md from them. With ``--rate``, ``--epochs`` and ``--rise`` the networks are trained
+for rate instead (``[finetune] rate``, the original teaching, shifted and mirrored images): one cell.
 
 NNCodec wants an environment of its own (``pip install --no-deps nncodec``, pandas, ptflops, torchmetrics, opencv);
 run the script there.
@@ -21,7 +18,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +47,21 @@ ZOO = ROOT.parent / "shared" / "zoo"
 RESULTS = ROOT / "benchmarks" / "results" / "size"
 NETWORKS = {"resnet20": ("kompakt.zoo:resnet20", 32), "resnet32": ("kompakt.zoo:resnet32", 32),
             "resnet18": ("torchvision/resnet18", 48)}  # fmt: skip
-CIFAR = (1.5e-8, 3e-8, 6e-8, 1.2e-7, 7.5e-9, 3e-9)
+CIFAR = (1.5e-8, 3e-8, 6e-8, 1.2e-7, 7.5e-9, 2.1e-8)
 TRADES = {"resnet20": CIFAR, "resnet32": CIFAR, "resnet18": (3e-9, 1e-8, 3e-8, 1e-7)}
 STEPS = (-30, -28, -26, -24, -22, -20)
 RUNS = 5
 RATE = 0.05
 """Learning rate of training for rate."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """Training for rate: its price in nats a bit, how long, and over which share of it the price rises."""
+
+    rate: float
+    epochs: int
+    rise: float
 
 
 def measured(cells: list[dict[str, Any]], path: Path, key: dict[str, Any], work: Callable[[], dict[str, Any]]) -> None:
@@ -109,9 +115,10 @@ def ours(job: Job, source: Any, trade: float, folder: Path) -> dict[str, Any]:
     }
 
 
-def trained(job: Job, rate: float, epochs: int, folder: Path) -> dict[str, Any]:
+def trained(job: Job, training: Training, folder: Path) -> dict[str, Any]:
     """A file of kompakt's after training for rate."""
-    recipe = Recipe(finetune=FinetuneSection(epochs=epochs, rate=rate, learning_rate=RATE, augment="crop_and_flip"))
+    section = FinetuneSection(**asdict(training), learning_rate=RATE, augment="crop_and_flip")
+    recipe = Recipe(finetune=section)
     start = time.process_time()
     made = slim(replace(job, recipe=recipe), next(iter(job.data.train.batches(2, limit=2)))[0]).model
     training = time.process_time() - start
@@ -158,7 +165,7 @@ def plain(job: Job, capture: Any, weights: Path, folder: Path) -> dict[str, Any]
     return found | scores(job, job.target.export(capture, folder / "original.onnx", metadata={}))
 
 
-def network(name: str, data: Data, training: tuple[float, int] | None) -> None:
+def network(name: str, data: Data, training: Training | None) -> None:
     """All cells of one network, kompakt's and NNCodec's in turn, or the one of training for rate."""
     reference, _ = NETWORKS[name]
     weights, arguments = ZOO / f"{name}-cifar10.safetensors", {"num_classes": 10}
@@ -170,9 +177,8 @@ def network(name: str, data: Data, training: tuple[float, int] | None) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if training is not None:
-            rate, epochs = training
-            key = {"codec": "kompakt, trained", "at": rate, "epochs": epochs}
-            measured(cells, path, key, lambda: trained(job, rate, epochs, folder))
+            key = {"codec": "kompakt, trained", "at": training.rate, "epochs": training.epochs, "rise": training.rise}
+            measured(cells, path, key, lambda: trained(job, training, folder))
             return
         source = prepare(job)
         measured(cells, path, {"codec": "fp32"}, lambda: plain(job, source.capture, weights, folder))
@@ -191,12 +197,13 @@ def main() -> None:
     parser.add_argument("--data", default="/tmp/data")
     parser.add_argument("--rate", type=float, help="train for rate: nats a bit")
     parser.add_argument("--epochs", type=int, default=8, help="of training for rate")
+    parser.add_argument("--rise", type=float, default=0.5, help="the share of it over which the price rises")
     parser.add_argument("--page", action="store_true", help="only write docs/size.md")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     RESULTS.mkdir(parents=True, exist_ok=True)
     for name in [] if arguments.page else arguments.networks:
-        training = None if arguments.rate is None else (arguments.rate, arguments.epochs)
+        training = arguments.rate and Training(arguments.rate, arguments.epochs, arguments.rise)
         network(name, open_data(arguments.data, input_size=NETWORKS[name][1], progress=False), training)
     write_page(RESULTS, ROOT / "docs")
 

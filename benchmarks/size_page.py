@@ -12,44 +12,38 @@ from kompakt.measure.accuracy import Score, paired_drop
 HEAD = """# The smallest file
 
 Written by `python -m benchmarks.size` from `benchmarks/results/size`. Whole-file bytes of networks of the zoo
-(CIFAR-10 as JPEG),
-read back and scored in ONNX Runtime on the 10,000 test images; times are processor seconds, the fastest of five,
-both coders in turn in one
-process. kompakt is `kompakt pack MODEL --data DIR` at one price of a bit (λ, nats of divergence for a bit) after
-another; NNCodec 2.1.3 has dependent
-quantization on and its defaults otherwise, one `qp` after another. The validation part was part of what the zoo
-was trained on; a network
-loses less there than on test, so a budget with a margin is wise.
+(CIFAR-10 as JPEG), read back and scored in ONNX Runtime on the 10,000 test images; times are processor seconds, the
+fastest of five, both coders in turn in one process. kompakt is `kompakt pack MODEL --data DIR` at one price of a bit
+(λ, nats of divergence for a bit) after another; NNCodec 2.1.3 has dependent quantization on and its defaults
+otherwise, one `qp` after another. The validation part was part of what the zoo was trained on; a network loses less
+there than on test, so a budget with a margin is wise.
 """
 METHOD = """
 ## How
 
 Batch norms are folded. Layer by layer, the float weight is moved to what does on the compressed inputs what the
-original did on its own, and
-integers are chosen column by column with GPTQ's error propagation, each by `½ g (v − s q)² / U_ii² + λ · bits`:
-the bits are the prices of
-the coder's own model (scale factors, prediction from earlier taps), fitted anew between passes, `g` is the second
-moment of the loss's gradient at the output
-channel (K-FAC's diagonal), so that one λ serves all layers and gives each channel its step. Steps keep 2 bits of
-mantissa, biases 6; biases are
-corrected. See `kompakt.numerics.rate_distortion`, `kompakt.build.rate`.
+original did on its own, and integers are chosen column by column with GPTQ's error propagation, each by `½ g (v − s
+q)² / U_ii² + λ · bits`: the bits are the prices of the coder's own model (scale factors, prediction from earlier
+taps), fitted anew between passes, `g` is the second moment of the loss's gradient at the output channel (K-FAC's
+diagonal), so that one λ serves all layers and gives each channel its step. Steps keep 2 bits of mantissa, biases 6;
+biases are corrected. See `kompakt.numerics.rate_distortion`, `kompakt.build.rate`.
 
 ## Training for rate
 
-`kompakt pack MODEL --data DIR --epochs 10 --rate 1e-6`, or `[finetune] rate = 1e-6` in a recipe, trains the weights as
-the integers that the file will hold (Oktay et al. 2020, arXiv 1906.06624; here the coder's own model is the one that is
-learned, fitted anew every 100 steps). The loss gains `rate · bits`; between integers the price runs straight, so that
-it has a slope. Training begins at the integers and steps that rate–distortion quantization chooses at the same price,
-carried back from the folded network to the user's own class. Each forward pass rounds by `argmin ½ (z − q)² + (ln 2 /
-12) · bits(q)`, `z` the weight in steps: what a bit is worth in squared steps follows from how steps are chosen.
-Gradients go straight through. A price that a network cannot bear at once is reached step by step: with
-`[finetune] rise = 0.6` training begins at 3 % of the price, and over the first 60 % of the steps the price rises evenly
-in its logarithm, the weights' steps with its root (gradual pruning, Zhu and Gupta 2017, arXiv 1710.01878, at a price in
-place of a share). It is one more term and one more hook of the one training loop, so teachers, pruned
-channels and masks of single weights go with it; a codebook does not. At the end weights lie on their grids, and what is
-exported from them keeps the integers (range `lattice`): `pack`, and `compress` with 8-bit activations too.
-See `kompakt.numerics.priced`, `kompakt.build.priced`; on MNIST, beside Deep
-Compression: `python -m examples.deep_compression`.
+`kompakt pack MODEL --data DIR --epochs 10 --rate 1e-6`, or `[finetune] rate = 1e-6` in a recipe, trains the weights
+as the integers that the file will hold (Oktay et al. 2020, arXiv 1906.06624; here the coder's own model is the one
+that is learned, fitted anew every 100 steps). The loss gains `rate · bits`; between integers the price runs straight,
+so that it has a slope. Training begins at the integers and steps that rate–distortion quantization chooses at the
+same price, carried back from the folded network to the user's own class. Each forward pass rounds by `argmin ½ (z −
+q)² + (ln 2 / 12) · bits(q)`, `z` the weight in steps: what a bit is worth in squared steps follows from how steps are
+chosen. Gradients go straight through. A price that a network cannot bear at once is reached step by step: with
+`[finetune] rise = 0.6` training begins at 3 % of the price, and over the first 60 % of the steps the price rises
+evenly in its logarithm, the weights' steps with its root (gradual pruning, Zhu and Gupta 2017, arXiv 1710.01878, at a
+price in place of a share). It is one more term and one more hook of the one training loop, so teachers, pruned
+channels and masks of single weights go with it; a codebook does not. At the end weights lie on their grids, and what
+is exported from them keeps the integers (range `lattice`): `pack`, and `compress` with 8-bit activations too. See
+`kompakt.numerics.priced`, `kompakt.build.priced`; on MNIST, beside Deep Compression: `python -m
+examples.deep_compression`.
 
 ## Not reached
 
@@ -84,7 +78,8 @@ def write_page(results: Path, docs: Path) -> None:
     for path in sorted(results.glob("*.jsonl")):
         read = [json.loads(line) for line in path.read_text().splitlines()]
         # A cell that was measured again replaces the older one.
-        cells = list({(cell["codec"], cell.get("at"), cell.get("epochs")): cell for cell in read}.values())
+        key = ("codec", "at", "epochs", "rise")
+        cells = list({tuple(cell.get(name) for name in key): cell for cell in read}.values())
         parts.append(_section(path.stem, cells))
         (docs / f"size-{path.stem}.svg").write_text(_curve(path.stem, cells))
     (docs / "size.md").write_text("\n".join([*parts, METHOD]))
@@ -101,7 +96,7 @@ def _section(name: str, cells: list[dict[str, Any]]) -> str:
     ]
     for cell in _ordered(cells):
         drops = [first[part] - cell[part] for part in ("test", "validation")]
-        epochs = f" {cell['epochs']} epochs" if "epochs" in cell else ""
+        epochs = f", {cell['epochs']} epochs" if "epochs" in cell else ""
         rows.append(
             f"| {cell['codec']}{epochs} | {cell['at']:g} | {cell['bytes']:,} | {first['bytes'] / cell['bytes']:.1f} "
             f"| {cell['test']:.2f} | {drops[0]:+.2f} | {drops[1]:+.2f} "

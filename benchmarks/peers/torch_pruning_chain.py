@@ -1,8 +1,9 @@
 """torch-pruning, fine-tuning and ONNX Runtime's int8, one after the other, as a user puts them together.
 
 ``python -m benchmarks.peers.torch_pruning_chain NAME IMAGES CALIBRATION OUT RATIO EPOCHS``: groups of channels go
-by their norms, all layers compared, until the multiplications are ``RATIO`` times fewer; then SGD on the labels with
-crops and flips; then ``quantize_static`` with 7-bit weights, as ONNX Runtime advises for processors without VNNI.
+by their norms until the multiplications are ``RATIO`` times fewer, in the way that docs/prune.md finds best for this
+network; then SGD on the labels with crops and flips; then ``quantize_static`` with 7-bit weights, as ONNX Runtime
+advises for processors without VNNI.
 """
 
 import sys
@@ -19,16 +20,20 @@ from benchmarks.peers.ort_static import run as quantize
 from benchmarks.prune_subjects import SUBJECTS, build, example
 
 RATE, MOMENTUM, DECAY, BATCH, STEPS = 0.02, 0.9, 5e-4, 128, 60
+WHOLE = {"resnet18": True, "resnet20": False}
+"""Whether residual streams lose channels too; it cannot follow ResNet-20's."""
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def prune(model: torch.nn.Module, inputs: torch.Tensor, kept: list[torch.nn.Module], ratio: float) -> None:
-    """Remove channels in small steps until the multiplications are few enough."""
+def prune(
+    model: torch.nn.Module, inputs: torch.Tensor, kept: list[torch.nn.Module], ratio: float, compare: bool
+) -> None:
+    """Remove channels in small steps until the multiplications are few enough; ``compare`` layers with one another."""
     pruner = tp.pruner.BasePruner(
         model,
         inputs,
         importance=tp.importance.GroupMagnitudeImportance(p=2),
-        global_pruning=True,
+        global_pruning=compare,
         pruning_ratio=0.9,
         max_pruning_ratio=0.9,
         iterative_steps=STEPS,
@@ -65,8 +70,9 @@ def run(name: str, images: Path, calibration: Path, out: Path, ratio: float, epo
     """Make ``out / model.onnx``, and ``out / float.onnx`` on the way."""
     torch.manual_seed(0)
     model, inputs = build(name), example(name)
-    ends = ("linear" if name == "resnet20" else "fc", *SUBJECTS[name].ends)
-    prune(model, inputs, [model.get_submodule(end) for end in ends], ratio)
+    ends = ("linear" if name == "resnet20" else "fc", *(() if WHOLE[name] else SUBJECTS[name].ends))
+    compare = name == "resnet20" and ratio <= 2
+    prune(model, inputs, [model.get_submodule(end) for end in ends], ratio, compare)
     finetune(model, images, SUBJECTS[name].size, epochs)
     batch = {0: torch.export.Dim.DYNAMIC}
     torch.onnx.export(
