@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from kompakt.errors import BudgetError, InputError
 from kompakt.graph.coupling import couple
 from kompakt.graph.trace import trace
 from kompakt.loaders import loader_split
-from kompakt.measure.layer_times import layer_times, table_key
+from kompakt.measure.layer_times import layer_times, table_key, write
 from kompakt.methods.channels import Knobs
 from kompakt.methods.latency import Case
 from kompakt.methods.scores import Scoring, unit_scores
@@ -55,6 +56,16 @@ def test_a_broken_table_is_measured_anew(tmp_path: Path) -> None:
     assert layer_times([CASE], target("onnxruntime"), folder=tmp_path)[CASE] > 0
     (file,) = tmp_path.iterdir()
     assert all(ms > 0 for ms in json.loads(file.read_text()).values())
+
+
+def test_a_layer_is_timed_in_integers_where_it_will_ship_so(tmp_path: Path) -> None:
+    ort = target("onnxruntime")
+    path = tmp_path / "layer.onnx"
+    write(net(), torch.randn(2, 3, 8, 8), ort, path, quantized=True)
+    weights = [item for item in onnx.load(path).graph.initializer if len(item.dims) == 4]
+    assert {item.data_type for item in weights} == {onnx.TensorProto.INT8}
+    assert layer_times([CASE], ort, quantized=True, folder=tmp_path)[CASE] > 0
+    assert (tmp_path / f"latency-{table_key('onnxruntime', 1, quantized=True)}.json").exists()
 
 
 def test_threads_and_runtime_have_tables_of_their_own() -> None:

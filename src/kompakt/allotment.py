@@ -23,10 +23,9 @@ from kompakt.data import Data, Split
 from kompakt.errors import BudgetError, FormatError, InputError
 from kompakt.files import atomic_write, writable_folder
 from kompakt.graph.coupling import Coupling
-from kompakt.graph.fold import fold
 from kompakt.graph.trace import trace
 from kompakt.measure.latency import Times, interleave
-from kompakt.measure.layer_times import layer_times
+from kompakt.measure.layer_times import layer_times, write
 from kompakt.methods.channels import Knobs, channels, offered_widths
 from kompakt.methods.latency import Case, cases, latency_cost, whole_ms
 from kompakt.methods.sensitivity import measured_drops
@@ -47,12 +46,14 @@ class Timing:
     Args:
         target: the runtime.
         threads: of the runtime.
+        quantized: whether all is timed in integers, as it will ship.
         folder: of the tables on disk; None keeps none.
         progress: whether a bar may be shown.
     """
 
     target: Target
     threads: int = 1
+    quantized: bool = False
     folder: Path | None = None
     progress: bool = False
 
@@ -66,14 +67,21 @@ class Timing:
 
     def layers(self, cases: Sequence[Case]) -> dict[Case, float]:
         """Measure single layers, in milliseconds."""
-        return layer_times(cases, self.target, threads=self.threads, folder=self.folder, progress=self.progress)
+        return layer_times(
+            cases,
+            self.target,
+            threads=self.threads,
+            quantized=self.quantized,
+            folder=self.folder,
+            progress=self.progress,
+        )
 
     def _timed(self, models: Mapping[str, nn.Module], example: Tensor) -> dict[str, Times]:
         with tempfile.TemporaryDirectory() as folder:
             runs = {}
             for name, model in models.items():
                 path = Path(folder) / f"{name}{self.target.suffix}"
-                self.target.export(fold(trace(model.eval(), example)), path, metadata={})
+                write(model, example, self.target, path, quantized=self.quantized)
                 runs[name] = partial(self.target.open(path, self.threads), example[:1].numpy())
             return interleave(runs, seconds=SPEED_SECONDS)
 

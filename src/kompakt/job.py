@@ -62,8 +62,15 @@ class Job:
 
     @property
     def timing(self) -> Timing:
-        """Where this job times single layers."""
-        return Timing(target=self.target, threads=self.threads, folder=cache_folder(), progress=self.progress)
+        """Where this job times single layers: in integers where its recipe makes them."""
+        section = self.recipe.quantize
+        return Timing(
+            target=self.target,
+            threads=self.threads,
+            quantized=section is not None and section.codebook is None and not section.dynamic,
+            folder=cache_folder(),
+            progress=self.progress,
+        )
 
     @property
     def judge(self) -> Judge:

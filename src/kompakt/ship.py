@@ -13,11 +13,9 @@ from kompakt.artifact.lint import Finding
 from kompakt.artifact.targets import MADE_BY, Target
 from kompakt.build.equalize import evened, with_biases
 from kompakt.build.integer import exact
-from kompakt.build.quantize import quantize
 from kompakt.build.refine import Refinement, refined
 from kompakt.build.stream import fitting
 from kompakt.data import Split
-from kompakt.graph.calibrate import calibrate, pool
 from kompakt.graph.fold import fold
 from kompakt.graph.graph import Left
 from kompakt.graph.trace import Capture, trace
@@ -26,8 +24,7 @@ from kompakt.measure.parity import compare
 from kompakt.measure.resources import Resources, resources
 from kompakt.measure.result import Parity
 from kompakt.measure.size import size_bytes
-from kompakt.methods.uniform import Knobs, uniform
-from kompakt.plan.rules import placed, pooled
+from kompakt.methods.uniform import Knobs, integers
 
 BATCH = 32
 PROOFS = 256
@@ -84,15 +81,11 @@ def quantized(
     capture = target.prepare(fold(trace(model, example)))
     capture = with_biases(capture) if how.bias_correction else capture
     capture = evened(capture, (inputs for inputs, _ in calibration.batches(BATCH)))
-    sites = placed(capture.graph, target.rules, knobs.keep)
-    stats = calibrate(capture, (inputs for inputs, _ in calibration.batches(BATCH)), sites)
-    stats = pool(stats, pooled(capture.graph, target.rules, sites))
-    plan, left = uniform(capture.graph, target.rules, knobs)
-    made = quantize(capture, plan, stats)
+    made = integers(capture, target.rules, (inputs for inputs, _ in calibration.batches(BATCH)), knobs)
     if how == AS_ROUNDED:
-        return made, left
+        return made.capture, made.left
     part = calibration.subset(min(len(calibration), fitting(capture)))
-    return refined(capture, made, plan, [inputs for inputs, _ in part.batches(BATCH)], how), left
+    return refined(capture, made.capture, made.plan, [inputs for inputs, _ in part.batches(BATCH)], how), made.left
 
 
 def ship(

@@ -277,11 +277,11 @@ def _space(job: Job, asked: Asked, ledger: Ledger, original: Original) -> tuple[
 
 
 def _alignment(job: Job, coupling: Coupling) -> int:
-    """Measure what widths should be multiples of; every group of channels keeps two widths at least to choose from."""
+    """Measure what widths should be multiples of; half of the channels at least keep two widths to choose from."""
     job.say("timing layers at widths that are multiples of 2 to 16")
-    narrowest = min((group.size for group in coupling.groups), default=1)
-    liked = alignment(coupling, job.timing.layers)
-    while liked > max(1, narrowest // 2):
+    liked = alignment(coupling, replace(job.timing, quantized=True).layers)
+    sizes = [group.size for group in coupling.groups]
+    while liked > 1 and 2 * sum(size for size in sizes if size >= 2 * liked) < sum(sizes):
         liked //= 2
     return liked
 

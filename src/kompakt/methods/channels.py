@@ -110,7 +110,7 @@ def channels(
         offered = offered_widths(coupling, knobs)
         widths = knapsack(coupling, scores, offered, _budget(coupling, knobs, offered), costs)
     elif knobs.allocation == "sensitivity":
-        curves = _offered(free, limits, drops)
+        curves = _offered(free, limits, drops, knobs)
         widths = least_drop(coupling, curves, _budget(coupling, knobs, curves), costs)
     else:
         widths = _search(coupling, scores, free, limits, knobs, own)
@@ -201,16 +201,25 @@ def _options(group: Group, limits: Mapping[str, int], knobs: Knobs) -> list[int]
 
 
 def _offered(
-    free: Sequence[Group], limits: Mapping[str, int], drops: Mapping[str, Mapping[int, float]] | None
+    free: Sequence[Group],
+    limits: Mapping[str, int],
+    drops: Mapping[str, Mapping[int, float]] | None,
+    knobs: Knobs,
 ) -> dict[str, dict[int, float]]:
-    """Take from measured drops the groups and widths that the knobs allow; the full width costs nothing."""
+    """Take from measured drops the groups and widths that the knobs allow; the full width costs nothing.
+
+    Widths are rounded as ``align`` wants them, their drops read off the line between those that were measured.
+    """
     if not drops:
         raise InputError("the sensitivity allocation needs measured drops; give data to measure them on")
-    return {
-        group.name: {group.size: 0.0, **{w: d for w, d in drops[group.name].items() if w >= limits[group.name]}}
-        for group in free
-        if group.name in drops
-    }
+    found = {}
+    for group in (group for group in free if group.name in drops):
+        curve = dict(sorted({group.size: 0.0, **drops[group.name]}.items()))
+        allowed = (width for width in curve if width >= limits[group.name])
+        rounded = {_rounded(group, width, limits[group.name], knobs) for width in allowed}
+        read = np.interp(sorted(rounded | {group.size}), list(curve), list(curve.values()))
+        found[group.name] = dict(zip(sorted(rounded | {group.size}), map(float, read), strict=True))
+    return found
 
 
 def _tied(coupling: Coupling, widths: dict[str, int]) -> dict[str, int]:

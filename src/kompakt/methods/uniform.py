@@ -1,12 +1,17 @@
 """Choose uniform integers for every layer and activation that the target runs in integers."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+from torch import Tensor
+
+from kompakt.build.quantize import quantize
 from kompakt.errors import InputError
+from kompakt.graph.calibrate import calibrate, pool
 from kompakt.graph.graph import Graph, Left
+from kompakt.graph.trace import Capture
 from kompakt.plan.plan import Plan, Quantize
-from kompakt.plan.rules import Rules, integer_layers, is_depthwise, placed, range_owner
+from kompakt.plan.rules import Rules, integer_layers, is_depthwise, placed, pooled, range_owner
 from kompakt.spec import MAX_BITS, PerGroup, QuantSpec
 
 
@@ -34,6 +39,30 @@ class Knobs:
     power_of_two: bool = False
     dynamic: bool = False
     keep: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Integers:
+    """A capture that computes in integers, the plan that it carries out, and the layers that stay float."""
+
+    capture: Capture
+    plan: Plan
+    left: tuple[Left, ...]
+
+
+def integers(capture: Capture, rules: Rules, batches: Iterable[Tensor], knobs: Knobs = Knobs()) -> Integers:
+    """Calibrate a folded capture and quantize it as ``uniform`` plans, weights rounded to the nearest.
+
+    Args:
+        capture: a folded capture.
+        rules: what the target runs in integers.
+        batches: inputs for the ranges of the activations, batch first.
+        knobs: what the recipe says.
+    """
+    sites = placed(capture.graph, rules, knobs.keep)
+    stats = pool(calibrate(capture, batches, sites), pooled(capture.graph, rules, sites))
+    plan, left = uniform(capture.graph, rules, knobs)
+    return Integers(capture=quantize(capture, plan, stats), plan=plan, left=left)
 
 
 def uniform(graph: Graph, rules: Rules, knobs: Knobs = Knobs()) -> tuple[Plan, tuple[Left, ...]]:
