@@ -3,18 +3,22 @@
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import helper, numpy_helper
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kompakt.artifact.moves import move_integers
 from kompakt.artifact.onnx import export_onnx, open_onnx, runtime_ops
 from kompakt.build.quantize import quantize
 from kompakt.graph.calibrate import calibrate
 from kompakt.graph.fold import fold
 from kompakt.graph.trace import trace
-from kompakt.methods.uniform import uniform
+from kompakt.methods.uniform import integers, uniform
 from kompakt.plan.rules import ONNXRUNTIME, placed
+from kompakt.zoo import resnet20
 from tests.nets import images, tokens
 
 
@@ -81,6 +85,42 @@ def test_the_runtime_computes_what_was_simulated(name: str, tmp_path: Path) -> N
     step = (simulated.max() - simulated.min()) / 255
     assert np.abs(open_onnx(path)(x.numpy()) - simulated).max() <= step
     assert "MatMul" not in runtime_ops(path), "every product runs in integers"
+
+
+def test_integers_are_moved_as_integers(tmp_path: Path) -> None:
+    x = images(16)
+    capture = fold(trace(resnet20().eval(), x[:2]))
+    made = integers(capture, ONNXRUNTIME, [x]).capture
+    plain, moved = (export_onnx(made, tmp_path / f"{moves}.onnx", moves=moves) for moves in (False, True))
+    assert np.array_equal(open_onnx(plain)(x.numpy()), open_onnx(moved)(x.numpy()))
+    before, after = runtime_ops(plain), runtime_ops(moved)
+    assert (before["QuantizeLinear"], after["QuantizeLinear"]) == (3, 1), "no shortcut is padded in float"
+    assert (before["Slice"], after["Slice"]) == (4, 2), "one slice takes both axes"
+    graph = onnx.load(moved).graph
+    assert {tensor.name for tensor in graph.initializer} <= {name for node in graph.node for name in node.input}
+
+
+def test_a_pad_that_is_not_of_zeros_stays_in_float(tmp_path: Path) -> None:
+    made = helper.make_model(
+        helper.make_graph(
+            [
+                helper.make_node("DequantizeLinear", ["q", "s", "z"], ["x"]),
+                helper.make_node("Pad", ["x", "pads", "one"], ["padded"]),
+                helper.make_node("QuantizeLinear", ["padded", "s", "z"], ["y"]),
+            ],
+            "g",
+            [helper.make_tensor_value_info("q", onnx.TensorProto.UINT8, [1, 2])],
+            [helper.make_tensor_value_info("y", onnx.TensorProto.UINT8, [1, 4])],
+            [
+                numpy_helper.from_array(np.float32(0.5), "s"),
+                numpy_helper.from_array(np.uint8(3), "z"),
+                numpy_helper.from_array(np.array([0, 1, 0, 1]), "pads"),
+                numpy_helper.from_array(np.float32(1.0), "one"),
+            ],
+        )
+    )
+    move_integers(made)
+    assert [node.op_type for node in made.graph.node] == ["DequantizeLinear", "Pad", "QuantizeLinear"]
 
 
 def test_a_convolution_pads_for_itself(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from onnxscript import opset21 as op
 from torch import nn
 
 from kompakt.artifact.emit import emit
+from kompakt.artifact.moves import move_integers
 from kompakt.artifact.nibbles import pack_nibbles, pack_weights
 from kompakt.artifact.pads import absorb_pads
 from kompakt.artifact.qdq import to_integers
@@ -34,13 +35,16 @@ INTEGER_OPS = frozenset(
 HEAVY_FLOAT_OPS = frozenset({"Conv", "FusedConv", "Gemm", "MatMul", "FusedGemm", "FusedMatMul", "ConvTranspose"})
 
 
-def export_onnx(capture: Capture, path: str | Path, *, metadata: Mapping[str, str] = MappingProxyType({})) -> Path:
+def export_onnx(
+    capture: Capture, path: str | Path, *, metadata: Mapping[str, str] = MappingProxyType({}), moves: bool = False
+) -> Path:
     """Write a capture, float or quantized, as an ONNX file with a symbolic batch where the model has one.
 
     Args:
         capture: what to write.
         path: the file.
         metadata: goes into the file's ``metadata_props``.
+        moves: whether slices and pads between integers move the integers themselves, as ONNX Runtime likes it.
 
     Raises:
         ModelError: an operator has no ONNX form; the message names it.
@@ -52,6 +56,8 @@ def export_onnx(capture: Capture, path: str | Path, *, metadata: Mapping[str, st
         model = _onnx_program(module, capture.example).model_proto
         _strip(model)
     absorb_pads(model)
+    if moves:
+        move_integers(model)
     _unshare_zero_points(model)
     pack_nibbles(model)
     if any(made.spec.packed for made in quantizers(capture.module).values()):

@@ -20,7 +20,7 @@ def absorb_pads(model: onnx.ModelProto) -> None:
         chain = _chain(graph, pad, outputs)
         before = made.get(pad.input[0])
         amounts = _amounts(pad, stored)
-        if chain is None or before is None or amounts is None or not _same_grid(before, chain[0], stored):
+        if chain is None or before is None or amounts is None or not same_grid(before, chain[0], stored):
             continue
         rounding, back, conv = chain
         _widen(conv, amounts)
@@ -55,7 +55,7 @@ def _amounts(pad: onnx.NodeProto, stored: dict[str, onnx.TensorProto]) -> list[i
     return [*amounts[2:4], *amounts[6:]] if len(amounts) == 8 and not any(around) and min(amounts) >= 0 else None
 
 
-def _same_grid(a: onnx.NodeProto, b: onnx.NodeProto, stored: dict[str, onnx.TensorProto]) -> bool:
+def same_grid(a: onnx.NodeProto, b: onnx.NodeProto, stored: dict[str, onnx.TensorProto]) -> bool:
     """Whether two quantizers have the same scale and zero point."""
     if a.op_type != "DequantizeLinear" or len(a.input) != len(b.input):
         return False

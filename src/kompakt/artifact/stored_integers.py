@@ -83,6 +83,7 @@ def round_activation(module: fx.GraphModule, node: fx.Node, made: Quantizer) -> 
         source = node.args[0] if made.spec.bits == 8 else _clamped(module, node.args[0], made)
         integers = module.graph.call_function(torch.ops.kompakt.quantize.default, (source, scale, zero_point))
         value = module.graph.call_function(torch.ops.kompakt.dequantize.default, (integers, scale, zero_point, 0))
+    value.meta = dict(node.meta)
     node.replace_all_uses_with(value)
     module.graph.erase_node(node)
 

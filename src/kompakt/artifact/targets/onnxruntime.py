@@ -1,5 +1,7 @@
 """ONNX Runtime: CPU servers, desktops, edge boxes."""
 
+from functools import partial
+
 from kompakt.artifact.inside import onnx_inside
 from kompakt.artifact.lint import check_onnxruntime
 from kompakt.artifact.onnx import Options, copy_onnx, export_onnx, open_onnx
@@ -28,7 +30,7 @@ print(outputs.argmax(axis=1))
 TARGET = Target(
     rules=ONNXRUNTIME,
     suffix=".onnx",
-    export=export_onnx,
+    export=partial(export_onnx, moves=True),
     open=open_onnx,
     snippet=snippet(Options()),
     check=check_onnxruntime,
