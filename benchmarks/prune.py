@@ -28,15 +28,12 @@ TOOLS = ("kompakt", "torch-pruning")
 PARTS = ("one-shot", "tuned", "latency", "semi-sparse")
 
 
-def peers(bench: Bench, interpreter: str) -> list[str]:
-    """Let torch-pruning cut, once; return its settings."""
-    done = bench.folder / "torch-pruning.done"
-    if not done.exists():
-        assert bench.gradients
-        paths = os.pathsep.join((str(ROOT), str(ROOT / "src")))
-        command = [interpreter, "-m", "benchmarks.peers.torch_pruning_cut", bench.name, str(bench.folder)]
-        subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": paths})
-        done.touch()
+def peers(bench: Bench, interpreter: str, ratios: list[float]) -> list[str]:
+    """Let torch-pruning cut to these ratios, once; return its settings."""
+    assert bench.gradients
+    paths = os.pathsep.join((str(ROOT), str(ROOT / "src")))
+    command = [interpreter, "-m", "benchmarks.peers.torch_pruning_cut", bench.name, str(bench.folder)]
+    subprocess.run([*command, *map(str, ratios)], check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": paths})
     return sorted({file.stem.rpartition("-")[0] for file in bench.folder.glob("*-*-*.pt")})
 
 
@@ -78,7 +75,7 @@ def run_tuned(cells: Cells, bench: Bench, given: argparse.Namespace, ratios: lis
         steps=given.steps,
     )
     if "torch-pruning" in given.tools:
-        peers(bench, given.other)
+        peers(bench, given.other, ratios)
     for seed in given.seeds:
         rows = [("unpruned", "", 1.0, "none")]
         for ratio in ratios:
@@ -169,7 +166,7 @@ def main() -> int:
     try:
         if given.only in (None, "one-shot"):
             baseline(cells, bench)
-            run_one_shot(cells, bench, peers(bench, given.other), given.ratios, given)
+            run_one_shot(cells, bench, peers(bench, given.other, given.ratios), given.ratios, given)
         if given.only in (None, "tuned"):
             run_tuned(cells, bench, given, given.ratios)
         if given.only in (None, "latency"):

@@ -1,7 +1,7 @@
-"""Prune with torch-pruning to given MACs: ``python -m benchmarks.peers.torch_pruning_cut MODEL FOLDER``.
+"""Prune with torch-pruning to given MACs: ``python -m benchmarks.peers.torch_pruning_cut MODEL FOLDER RATIO…``.
 
 For every importance, local and global, and every ratio, the share of channels is found by bisection and the pruned
-network saved to FOLDER. FOLDER holds ``gradients.safetensors``, the gradients that kompakt's Taylor scores use too.
+network saved to FOLDER, where it is not there yet. FOLDER holds ``gradients.safetensors``, the gradients that kompakt's Taylor scores use too.
 The residual streams are left whole where torch-pruning cannot follow them (a shortcut padded with zeros).
 """
 
@@ -14,7 +14,7 @@ import torch
 import torch_pruning as tp
 from safetensors.torch import load_file
 
-from benchmarks.prune_subjects import RATIOS, SUBJECTS, build, example, macs
+from benchmarks.prune_subjects import SUBJECTS, build, example, macs
 
 STEPS = 9
 IMPORTANCES = {
@@ -74,7 +74,7 @@ def main() -> None:
     torch.set_num_threads(1)
     name, folder = sys.argv[1], Path(sys.argv[2])
     gradients = load_file(folder / "gradients.safetensors")
-    for ratio in RATIOS:
+    for ratio in map(float, sys.argv[3:]):
         for importance in IMPORTANCES:
             for scope in SCOPES:
                 for whole in (False, True) if name != "resnet20" else (False,):
