@@ -1,7 +1,8 @@
 """Prune with torch-pruning to given MACs: ``python -m benchmarks.peers.torch_pruning_cut MODEL FOLDER RATIO…``.
 
 For every importance, local and global, and every ratio, the share of channels is found by bisection and the pruned
-network saved to FOLDER, where it is not there yet. FOLDER holds ``gradients.safetensors``, the gradients that kompakt's Taylor scores use too.
+network saved to FOLDER, where it is not there yet. FOLDER holds ``gradients.safetensors``, the gradients that
+kompakt's Taylor scores use too.
 The residual streams are left whole where torch-pruning cannot follow them (a shortcut padded with zeros).
 """
 
