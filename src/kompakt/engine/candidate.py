@@ -58,7 +58,9 @@ def verify(job: Job, original: Original, number: int, choice: Choice) -> Tried:
     chosen = make(one).chosen
     score = job.judge.score(chosen.path, job.data.validation, keep=original.beliefs is not None)
     drop = job.judge.drop(original.score, score)
-    expected = original.beliefs.expect(score.seen.outputs) if original.beliefs and score.seen else None
+    expected = None
+    if original.beliefs and score.seen:
+        expected = original.beliefs.expect(score.seen.outputs, taught=choice.epochs > 0)
     packed = pack_onnx(chosen.path, part / PACKED)
     runs = {
         name: partial(job.target.open(path, job.threads), original.example)

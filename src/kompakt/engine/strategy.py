@@ -1,11 +1,12 @@
 """What to try next: a pure function of what was tried, so that a killed search goes on as it would have.
 
-Cheap candidates come first: integers alone, then channels removed without training, by strides, as far as training may
-make good. Training begins where what was lost is what the epochs that there is time for give back; a small network has
-more of them. Where size counts, networks are trained as the integers of the file, at a price of a bit. A trained
-network is cut from the one that was trained before it and kept the budget, so that no training is lost; so is the price
-raised where the climb ends. What can be removed for free is found exactly last, halved on a log scale, and coded, as
-time is left: a network of less use than the next one is not coded five times.
+Cheap candidates come first: integers alone, coded at a rate that keeps the budget, so that there is something to
+ship; then channels removed without training, by strides, as far as training may make good. Training begins where what
+was lost is what the epochs that there is time for give back; a small network has more of them. Where size counts,
+networks are trained as the integers of the file, at a price of a bit. A trained network is cut from the one that was
+trained before it and kept the budget, so that no training is lost; so is the price raised where the climb ends. What
+can be removed for free is found exactly last, halved on a log scale, and coded, as time is left: a network of less
+use than the next one is not coded five times.
 """
 
 from collections.abc import Mapping, Sequence
@@ -153,12 +154,14 @@ class _Walk:
     def whole(self) -> None:
         """What is lost without training, then training, then what is free without, at a rate."""
         first = self.keeps(Choice())
+        rates = () if self.space.objective == "latency" else self.space.rates
+        if first:
+            next((rate for rate in rates[FIRST::-1] if self.keeps(Choice(rate=rate))), None)
         strides = self.strides()
         if self.space.epochs_at(strides[-1].fewer_macs):
             self.taught(strides)
         free = self.climb()
         free = self.climb()
-        rates = () if self.space.objective == "latency" else self.space.rates
         guess = FIRST
         for choice in ([Choice()] if first else []) + free[:0:-1]:
             place = self.narrow(choice, rates, guess)
@@ -255,7 +258,7 @@ class _Walk:
         bold = max(free, self.promising(strides))
         while True:
             tried = self.taught_at(replace(start, fewer_macs=bold))
-            found = self.held(tried) if tried.epochs else None
+            found = self.held(tried, ease=high is not None) if tried.epochs else None
             if found is not None or bold <= free:
                 return found, high
             share = self.space.max_drop / self.drops[tried] if tried.epochs else 0.0
@@ -266,13 +269,19 @@ class _Walk:
         """Return a choice, trained as long as there is time for at its size."""
         return replace(choice, epochs=self.space.epochs_at(choice.fewer_macs))
 
-    def held(self, choice: Choice) -> Choice | None:
-        """Return a trained choice that keeps the budget: this one, or where it is near and comes nearer, trained on."""
-        nearest = NEAR * self.space.max_drop
+    def held(self, choice: Choice, *, ease: bool = False) -> Choice | None:
+        """Return a trained choice that keeps the budget: this one, or where it is near and comes nearer, trained on.
+
+        With ``ease`` one that stays near is trained on at the next lower price, too.
+        """
+        nearest = near = NEAR * self.space.max_drop
         for _ in range(AGAIN):
             if self.keeps(choice) or self.drops[choice] >= nearest:
                 break
             choice, nearest = replace(choice, after=choice), self.drops[choice]
+        lower = [price for price in self.space.prices if price < choice.rate]
+        if ease and lower and not self.keeps(choice) and self.drops[choice] < near:
+            choice = replace(choice, rate=lower[-1], after=choice)
         return choice if self.keeps(choice) else None
 
     def onward(self, last: Choice, high: float | None) -> Choice:

@@ -121,7 +121,7 @@ class Parity(Record):
 class Tried(Record):
     """One candidate of a search, judged on the validation split; ``front`` where none is better in every way.
 
-    ``drop_points`` is counted, ``expected_points`` what the original's own probabilities say of it; ``latency_ratio``
+    ``drop_points`` is counted, ``expected_points`` what fitted probabilities say of it; ``latency_ratio``
     is its time to the original's, interleaved; ``seconds`` is what making and judging it took.
     """
 
@@ -143,11 +143,10 @@ class Tried(Record):
 
     @property
     def points(self) -> float | None:
-        """The drop that decides: the larger of counted and expected, the mean of both for a trained network."""
+        """The drop that decides: what is expected of a trained network, else the larger of counted and expected."""
         if self.drop_points is None or self.expected_points is None:
             return self.drop_points
-        both = (self.drop_points, self.expected_points)
-        return sum(both) / 2 if self.epochs else max(both)
+        return self.expected_points if self.epochs else max(self.drop_points, self.expected_points)
 
 
 class Result(Record):
