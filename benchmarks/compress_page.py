@@ -119,7 +119,7 @@ def _search(made: list[dict[str, Any]], name: str) -> list[str]:
             "",
             f"![points lost against bytes and time](compress-{name}.svg)",
             "",
-            "Points lost on the validation split, as counted and as the original's probabilities expect; ★ ships, ● is",
+            "Points lost on the validation split, as counted and as fitted probabilities expect; ★ ships, ● is",
             "bettered by none.",
             "",
             "| candidate | what | counted | expected | bytes as `.kpk` | time, of fp32 | seconds |",

@@ -48,7 +48,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "size"
 NETWORKS = {"resnet20": ("kompakt.zoo:resnet20", 32), "resnet32": ("kompakt.zoo:resnet32", 32),
             "resnet18": ("torchvision/resnet18", 48)}  # fmt: skip
 CIFAR = (1.5e-8, 3e-8, 6e-8, 1.2e-7, 7.5e-9, 2.1e-8)
-TRADES = {"resnet20": CIFAR, "resnet32": CIFAR, "resnet18": (3e-9, 1e-8, 3e-8, 1e-7)}
+TRADES = {"resnet20": CIFAR, "resnet32": CIFAR, "resnet18": (3e-10, 1e-9, 1e-10, 3e-9)}
 STEPS = (-30, -28, -26, -24, -22, -20)
 RUNS = 5
 RATE = 0.05
