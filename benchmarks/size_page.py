@@ -63,8 +63,8 @@ examples.deep_compression`.
   `python -m benchmarks.size --networks resnet32 --rate 1e-6 --epochs 25` does, some three hours on a core.
 - LeNet-5 ≥ 200 times smaller at 0.1 points: **reached**, 209 times (8,235 bytes) at +0.09 points of error on test
   (−0.07 to +0.25), +0.00 on validation, one seed. LeNet-300-100 ≥ 100 times: 100.3 times (10,634 bytes) at +0.17
-  (+0.03 to +0.32; +0.28 on validation), at 110 times +0.19: missed by 0.07. [deep-compression.md](deep-compression.md), by `python -m
-  examples.deep_compression --seeds 3`.
+  (+0.03 to +0.32; +0.28 on validation), at 110 times +0.19: missed by 0.07. See
+  [deep-compression.md](deep-compression.md), by `python -m examples.deep_compression --seeds 3`.
 """
 COLORS = {"kompakt": "#1f77b4", "NNCodec": "#d62728", "kompakt, trained": "#2ca02c"}
 
@@ -74,9 +74,12 @@ def write_page(results: Path, docs: Path) -> None:
     parts = [HEAD]
     for path in sorted(results.glob("*.jsonl")):
         read = [json.loads(line) for line in path.read_text().splitlines()]
-        # A cell that was measured again replaces the older one.
-        key = ("codec", "at", "epochs", "rise")
-        cells = list({tuple(cell.get(name) for name in key): cell for cell in read}.values())
+        # What was measured again replaces the older figures of its cell.
+        found: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for cell in read:
+            key = tuple(cell.get(name) for name in ("codec", "at", "epochs", "rise"))
+            found[key] = found.get(key, {}) | cell
+        cells = list(found.values())
         parts.append(_section(path.stem, cells))
         (docs / f"size-{path.stem}.svg").write_text(_curve(path.stem, cells))
     (docs / "size.md").write_text("\n".join([*parts, METHOD]))
