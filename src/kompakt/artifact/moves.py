@@ -6,8 +6,8 @@ from onnx import numpy_helper
 
 from kompakt.artifact.pads import same_grid
 
-PARTS = 4
-"""Inputs of a Slice behind the data: starts, ends, axes, steps."""
+PARTS, WITH_VALUE = 4, 3
+"""Inputs of a Slice behind the data: starts, ends, axes, steps; inputs of a Pad of all axes."""
 
 
 def move_integers(model: onnx.ModelProto) -> None:
@@ -27,7 +27,7 @@ def move_integers(model: onnx.ModelProto) -> None:
             continue
         if node.op_type == "Pad":
             del node.input[2:]
-            node.input.append(before.input[2])
+            node.input.extend(before.input[2:])
         node.input[0], node.output[0] = before.input[0], after.output[0]
         graph.node.remove(after)
         if not any(before.output[0] in each.input for each in graph.node):
@@ -53,7 +53,7 @@ def _zero_pad(pad: onnx.NodeProto, stored: dict[str, onnx.TensorProto]) -> bool:
     mode = next((item.s for item in pad.attribute if item.name == "mode"), b"constant")
     values = [stored.get(name) for name in pad.input[2:] if name]
     zero = all(value is not None and not numpy_helper.to_array(value).any() for value in values)
-    return mode == b"constant" and len(values) < 2 and zero
+    return mode == b"constant" and len(pad.input) <= WITH_VALUE and zero
 
 
 def _join_slices(graph: onnx.GraphProto, stored: dict[str, onnx.TensorProto], outputs: set[str]) -> None:

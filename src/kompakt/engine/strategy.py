@@ -161,7 +161,6 @@ class _Walk:
         if self.space.epochs_at(strides[-1].fewer_macs):
             self.taught(strides)
         free = self.climb()
-        free = self.climb()
         guess = FIRST
         for choice in ([Choice()] if first else []) + free[:0:-1]:
             place = self.narrow(choice, rates, guess)
