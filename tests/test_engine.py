@@ -120,7 +120,19 @@ def test_a_network_that_stays_near_is_trained_on_at_a_lower_price() -> None:
     assert mended(eased[0]) <= 1 < mended(eased[0].after)
 
 
-@pytest.mark.parametrize(("means", "least", "most"), [(0.5, 1.5, 2.3), (2.0, 2.3, 4.0), (6.0, 4.0, 8.0)])
+def test_what_comes_nearer_too_slowly_is_not_trained_on_at_the_same_price() -> None:
+    def truth(choice: Choice) -> float:
+        if not choice.epochs:
+            return 4.0 * (choice.fewer_macs - 1)
+        return 1.15 - 0.05 * len(choice.rounds) + (0.1 if choice.rate == SMALL.prices[FIRST_PRICE] else 0.0)
+
+    trained = [choice for choice in walk(truth, SMALL) if choice.epochs]
+    first, again, eased = trained[:3]
+    assert again == replace(first, after=first)  # 1.2, then 1.15: another round would leave 1.1
+    assert eased == replace(first, rate=SMALL.prices[FIRST_PRICE - 1], after=again)
+
+
+@pytest.mark.parametrize(("means", "least", "most"), [(0.5, 1.2, 2.0), (2.0, 2.0, 3.0), (6.0, 3.0, 6.0)])
 def test_the_more_time_there_is_the_smaller_the_network_where_training_begins(means, least, most) -> None:
     """It begins between the strides where as much is lost as the epochs give back, and small ones have more epochs."""
     space = Space(max_drop=1.0, means=means)

@@ -20,12 +20,12 @@ from kompakt.engine.choice import Choice
 Objective = Literal["size", "latency", "both"]
 STRIDE, CLOSE, CLOSE_TRAINED, NEAR, AGAIN = 1.5, 1.15, 1.3, 2.0, 2
 """Factors of a climb: its step, and how near it comes to what breaks the budget, where a try is cheap or a training.
-A trained network that loses at most ``NEAR`` times what it may is trained on, ``AGAIN`` times at most, while it gets
-better, before it is given up."""
-RECOVERED, LASTING, MOST_EPOCHS = 1.0, 0.75, 30
+A trained network that loses at most ``NEAR`` times what it may is trained on, ``AGAIN`` times at most, while the next
+round would bring it there if it gained as much as the last one, before it is given up."""
+RECOVERED, LASTING, MOST_EPOCHS = 0.75, 0.75, 30
 """Training of ``E`` epochs, trained on included, gives back a loss of ``RECOVERED · E ** LASTING`` times what may be
-lost, with a margin: ResNet-20's 10.7 points at half the multiplications were 2.2 after 2 epochs and 0.7 after 10,
-ResNet-18's 7.0 at 3.28 times fewer were 1.6 after 4, coded."""
+lost, with a margin: ResNet-20's 10.7 points at half the multiplications were 2.2 after 2 epochs and 0.7 after 10 in
+float; coded, its 8 points at 1.44 times fewer were 1.7 after 6; ResNet-18's 7.0 at 3.28 times fewer were 1.6 after 4."""
 NATS, FIRST = (0.0027, 0.008, 0.016, 0.032, 0.08), 2
 """What a bit more or less of every weight may cost, in nats of divergence, and the place of what is tried first."""
 PRICES, FIRST_PRICE = (0.02, 0.04, 0.08, 0.16), 1
@@ -257,7 +257,7 @@ class _Walk:
         bold = max(free, self.promising(strides))
         while True:
             tried = self.taught_at(replace(start, fewer_macs=bold))
-            found = self.held(tried, ease=high is not None) if tried.epochs else None
+            found = self.held(tried, NEAR if high is not None else CLOSE_TRAINED) if tried.epochs else None
             if found is not None or bold <= free:
                 return found, high
             share = self.space.max_drop / self.drops[tried] if tried.epochs else 0.0
@@ -268,18 +268,20 @@ class _Walk:
         """Return a choice, trained as long as there is time for at its size."""
         return replace(choice, epochs=self.space.epochs_at(choice.fewer_macs))
 
-    def held(self, choice: Choice, *, ease: bool = False) -> Choice | None:
+    def held(self, choice: Choice, ease: float = 1.0) -> Choice | None:
         """Return a trained choice that keeps the budget: this one, or where it is near and comes nearer, trained on.
 
-        With ``ease`` one that stays near is trained on at the next lower price, too.
+        One that stays within ``ease`` times what it may lose is trained on at the next lower price, too.
         """
-        nearest = near = NEAR * self.space.max_drop
+        budget, gained = self.space.max_drop, inf
         for _ in range(AGAIN):
-            if self.keeps(choice) or self.drops[choice] >= nearest:
+            if self.keeps(choice) or (last := self.drops[choice]) >= NEAR * budget or last - gained > budget:
                 break
-            choice, nearest = replace(choice, after=choice), self.drops[choice]
+            choice = replace(choice, after=choice)
+            self.keeps(choice)
+            gained = last - self.drops[choice]
         lower = [price for price in self.space.prices if price < choice.rate]
-        if ease and lower and not self.keeps(choice) and self.drops[choice] < near:
+        if lower and not self.keeps(choice) and self.drops[choice] < ease * budget:
             choice = replace(choice, rate=lower[-1], after=choice)
         return choice if self.keeps(choice) else None
 
