@@ -3,6 +3,7 @@
 import importlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from kompakt.engine.effort import Effort
 from kompakt.engine.explore import Asked, explore
 from kompakt.engine.frontier import Limits, choose, fronted, one_point_more
 from kompakt.engine.ledger import Ledger, open_ledger
+from kompakt.engine.shipping import shipped_since
 from kompakt.engine.strategy import FIRST_PRICE, PRICES, Space, propose, rates_for, within_reach
 from kompakt.errors import BudgetError, InputError
 from kompakt.job import Job
@@ -566,6 +568,17 @@ def test_two_workers_share_a_study(weights, tmp_path: Path) -> None:
     study = journal(tmp_path)
     assert sorted(trial.number for trial in study.trials) == [item.number for item in found]
     assert set(open_ledger(tmp_path, None, {}, 0).choices()) == {item.number for item in found}
+
+
+def test_what_another_worker_shipped_of_all_candidates_is_not_made_again(searched, tmp_path: Path) -> None:
+    out = shutil.copytree(searched[0], tmp_path / "out")
+    written = (out / "result.json").stat().st_mtime
+    assert shipped_since(out, written - 1) == searched[1]
+    assert shipped_since(out, written + 1) is None  # it lay there before this worker came to its end
+    folder_of(out, 7).mkdir()
+    (folder_of(out, 7) / "candidate.json").write_text(tried(7, 0.0).model_dump_json())
+    assert shipped_since(out, written - 1) is None  # one more has come since
+    assert shipped_since(tmp_path, 0.0) is None
 
 
 def journal(out: Path) -> optuna.Study:

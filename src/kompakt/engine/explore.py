@@ -12,7 +12,7 @@ from kompakt.engine.choice import Choice
 from kompakt.engine.effort import PRICED_COST, Effort, begun, epoch_cost, teaching_cost
 from kompakt.engine.frontier import Limits, choose
 from kompakt.engine.ledger import Ledger, open_ledger
-from kompakt.engine.shipping import shipped
+from kompakt.engine.shipping import shipped, shipped_since
 from kompakt.engine.strategy import Objective, Space, propose, within_reach
 from kompakt.engine.views import augmentation
 from kompakt.errors import InputError, KompaktError
@@ -91,7 +91,11 @@ def explore(job: Job, asked: Asked) -> Result:
     )
     notes = search.run()
     search.effort.save(job)
-    return shipped(job, asked.objective, search.limits, original, notes, asked.bounds)
+    waited_from = time.time()
+    with ledger.alone("shipping"):
+        return shipped_since(job.out, waited_from) or shipped(
+            job, asked.objective, search.limits, original, notes, asked.bounds
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

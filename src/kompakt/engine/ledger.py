@@ -58,9 +58,9 @@ class Ledger:
         return found
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Let no other worker of this folder look for something to do: two would take the same trial."""
-        with (self.locks / "taking.lock").open("w") as file:
+    def alone(self, doing: str = "taking") -> Iterator[None]:
+        """Let no other worker of this folder do the same: two would take one trial, or mix the files that ship."""
+        with (self.locks / f"{doing}.lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 

@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 from kompakt.engine.candidate import NETWORKS, Original, all_tried, folder_of
 from kompakt.engine.frontier import Limits, choose, fronted, one_point_more
@@ -54,6 +55,21 @@ def shipped(
     )
     atomic_write(job.out / "result.json", found.model_dump_json(indent=1).encode())
     return found
+
+
+def shipped_since(out: Path, moment: float) -> Result | None:
+    """Return what another worker has shipped since then, of all the candidates that there are; None where none has.
+
+    Args:
+        out: the folder of the search.
+        moment: seconds since the epoch.
+    """
+    path = out / "result.json"
+    if not path.exists() or path.stat().st_mtime < moment:
+        return None
+    found = Result.read(path)
+    known = {item.number for item in found.candidates}
+    return found if known == {item.number for item in all_tried(out)} else None
 
 
 def _knows(result: Result, original: Original) -> str:

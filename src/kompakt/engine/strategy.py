@@ -25,7 +25,8 @@ round would bring it there if it gained as much as the last one, before it is gi
 RECOVERED, LASTING, MOST_EPOCHS = 0.75, 0.75, 30
 """Training of ``E`` epochs, trained on included, gives back a loss of ``RECOVERED · E ** LASTING`` times what may be
 lost, with a margin: ResNet-20's 10.7 points at half the multiplications were 2.2 after 2 epochs and 0.7 after 10 in
-float; coded, its 8 points at 1.44 times fewer were 1.7 after 6; ResNet-18's 7.0 at 3.28 times fewer were 1.6 after 4."""
+float; coded, its 8 points at 1.44 times fewer were 1.7 after 6;
+ResNet-18's 7.0 at 3.28 times fewer were 1.6 after 4."""
 NATS, FIRST = (0.0027, 0.008, 0.016, 0.032, 0.08), 2
 """What a bit more or less of every weight may cost, in nats of divergence, and the place of what is tried first."""
 PRICES, FIRST_PRICE = (0.02, 0.04, 0.08, 0.16), 1
