@@ -563,7 +563,7 @@ def test_two_workers_share_a_study(weights, tmp_path: Path) -> None:
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors.decode()
     found = all_tried(tmp_path)
-    assert len(found) in (3, 4)
+    assert len(found) == 3  # what is in the other's hands counts
     assert len({item.what for item in found}) == len(found)
     study = journal(tmp_path)
     assert sorted(trial.number for trial in study.trials) == [item.number for item in found]

@@ -9,7 +9,7 @@ from functools import partial
 from kompakt.alignment import alignment
 from kompakt.engine.candidate import CANDIDATES, Original, all_tried, failed, folder_of, kept, verify
 from kompakt.engine.choice import Choice
-from kompakt.engine.effort import PRICED_COST, Effort, begun, epoch_cost, teaching_cost
+from kompakt.engine.effort import PRICED_COST, RESERVE, Effort, begun, epoch_cost, teaching_cost, untrained_seconds
 from kompakt.engine.frontier import Limits, choose
 from kompakt.engine.ledger import Ledger, open_ledger
 from kompakt.engine.shipping import shipped, shipped_since
@@ -30,6 +30,9 @@ from kompakt.plan.recipe import PruneSection, Recipe
 TRAINED_SHARE, ROUNDS, LEAST = 0.7, 2, 3
 """Of the effort, so much is for training, in so many rounds; where the time of a round is not left, one of a ``LEAST``
 of its epochs is still worth it."""
+
+POLL_SECONDS = 0.5
+"""How often a worker that is done looks whether the others are."""
 
 
 class TimeUp(Exception):
@@ -120,10 +123,13 @@ class _Search:
                         drops = self.ledger.drops({item.number: self.limits.judged(item) for item in tried})
                         proposed = self._affordable(drops, tried)
                         ended = self._ended(tried, proposed)
-                        if ended:
-                            return [ended]
-                        reach = within_reach(drops, self._within_means(tried))
-                        trial, choice = held.enter_context(self.ledger.taken(proposed, self.space, reach))
+                        if not ended:
+                            reach = within_reach(drops, self._within_means(tried))
+                            trial, choice = held.enter_context(self.ledger.taken(proposed, self.space, reach))
+                    if ended:
+                        if self._waited(tried):
+                            continue
+                        return [ended]
                     self.job.say(self._progress(trial.number, choice, tried))
                     folder = folder_of(self.job.out, trial.number)
                     self.ledger.tell(trial, kept(folder) or self._attempt(trial.number, choice))
@@ -154,13 +160,24 @@ class _Search:
 
     def _ended(self, tried: list[Tried], proposed: Choice | None) -> str:
         """Say why the search ends here; empty where it goes on."""
-        if self.asked.candidates is not None and len(tried) >= self.asked.candidates:
-            return f"{len(tried)} candidates were made, as many as asked for"
+        if self.asked.candidates is not None and len(tried) + self.ledger.in_hand() >= self.asked.candidates:
+            return f"{self.asked.candidates} candidates were made, as many as asked for"
         if proposed is None and self.asked.minutes is None and self.asked.candidates is None:
             return "the plan of the search is carried out"
         if tried and not self._suffices(proposed or Choice(), tried):
             return "the effort does not suffice for another candidate"
         return ""
+
+    def _waited(self, tried: list[Tried]) -> bool:
+        """Wait, as long as the effort allows, for candidates in other hands, so that all are known to who ships."""
+        waited = False
+        while self.effort.left() > RESERVE * untrained_seconds(tried):
+            with self.ledger.alone():
+                if not self.ledger.in_hand():
+                    break
+            waited = True
+            time.sleep(POLL_SECONDS)
+        return waited
 
     def _attempt(self, number: int, choice: Choice) -> Tried:
         """Make a candidate; one that cannot be made is written down, and the search goes on."""

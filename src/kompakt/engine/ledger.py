@@ -92,6 +92,15 @@ class Ledger:
         with self._held(mine.number):
             yield mine, self._read(mine, space, reach)
 
+    def in_hand(self) -> int:
+        """Count the trials that other workers, alive, are at; enter it under ``alone``."""
+        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        return sum(self._elsewhere(trial.number) for trial in running)
+
+    def _elsewhere(self, number: int) -> bool:
+        with self._held(number) as mine:
+            return not mine
+
     def _read(self, trial: Trial, space: Space, reach: Space | None) -> Choice:
         """Read what a trial tries: what was proposed, or what the sampler draws."""
         planned = self._planned(trial)
