@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision import transforms
 
 from kompakt import progress
-from kompakt.augment import crop_and_flip, resized_crop_and_flip
+from kompakt.augment import crop_and_flip, resized_crop_and_flip, shift
 from kompakt.errors import InputError
 from kompakt.images import ImageSpec, decode
 
@@ -114,6 +114,18 @@ def test_crop_and_flip_equals_a_loop(dtype: torch.dtype, pad: int) -> None:
     assert torch.equal(out, naive_crop_and_flip(images, generator(5), pad))
     assert torch.equal(images, before)
     assert out.dtype == dtype
+
+
+@pytest.mark.parametrize("pad", [0, 1, 3])
+def test_shifts_repeat_the_border_and_mirror_nothing(pad: int) -> None:
+    images = torch.randint(0, 256, (60, 2, 6, 9), generator=generator(), dtype=torch.uint8)
+    out = shift(images, generator(5), pad=pad)
+    draw = generator(5)
+    down, right = (torch.randint(-pad, pad + 1, (60,), generator=draw) for _ in range(2))
+    padded = torch.nn.functional.pad(images.float(), (pad,) * 4, mode="replicate").to(torch.uint8)
+    for image, made, y, x in zip(padded, out, down + pad, right + pad, strict=True):
+        assert torch.equal(made, image[:, y : y + 6, x : x + 9])
+    assert {*down.tolist()} == {*right.tolist()} == {*range(-pad, pad + 1)}
 
 
 def test_resized_crops_keep_size_range_and_the_whole_image_where_nothing_is_cut() -> None:

@@ -44,9 +44,34 @@ def crop_and_flip(images: Tensor, generator: torch.Generator, *, pad: int = 4) -
     mirrored = torch.rand(n, 1, generator=generator) < 0.5
     rows = down + torch.arange(height)
     columns = right + torch.where(mirrored, torch.arange(width - 1, -1, -1), torch.arange(width))
-    padded = F.pad(images, (pad, pad, pad, pad)).permute(0, 2, 3, 1)
-    example = torch.arange(n)[:, None, None]
-    return padded[example, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+    return _taken(F.pad(images, (pad, pad, pad, pad)), rows, columns)
+
+
+def shift(images: Tensor, generator: torch.Generator, *, pad: int = 2) -> Tensor:
+    """Shift each image by up to ``pad`` pixels, its border repeated: for what a mirror spoils, as digits and signs.
+
+    LeCun et al. 1998 (LeNet-5), §III.C distorts digits so among others.
+
+    Args:
+        images: N×C×H×W.
+        generator: where the randomness comes from (on the CPU).
+        pad: the largest shift in pixels, in each direction.
+
+    Returns:
+        N×C×H×W of the same dtype.
+    """
+    n, _, height, width = images.shape
+    down = torch.randint(-pad, pad + 1, (n, 1), generator=generator)
+    right = torch.randint(-pad, pad + 1, (n, 1), generator=generator)
+    rows = (down + torch.arange(height)).clamp(0, height - 1)
+    return _taken(images, rows, (right + torch.arange(width)).clamp(0, width - 1))
+
+
+def _taken(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Take rows (N, H) and columns (N, W) of each image."""
+    example = torch.arange(len(images))[:, None, None]
+    found = images.permute(0, 2, 3, 1)[example, rows[:, :, None], columns[:, None, :]]
+    return found.permute(0, 3, 1, 2).contiguous()
 
 
 def resized_crop_and_flip(
@@ -89,6 +114,7 @@ AUGMENTATIONS: dict[str, Callable[[Tensor, torch.Generator], Tensor] | None] = {
     "none": None,
     "flip": flip,
     "crop_and_flip": crop_and_flip,
+    "shift": shift,
 }
 """By the names that recipes use."""
 FORMS = {"none": 1, "flip": 2}

@@ -15,7 +15,9 @@ class TrainingOptions:
 
     learning_rate: Annotated[float, typer.Option(help="highest rate of the cosine schedule", min=1e-8)] = 0.02
     batch_size: Annotated[int, typer.Option(help="examples a step", min=1)] = 128
-    augment: Annotated[Literal["none", "flip", "crop_and_flip"], typer.Option(help="of the training images")] = "none"
+    augment: Annotated[
+        Literal["none", "flip", "crop_and_flip", "shift"], typer.Option(help="of the training images")
+    ] = "none"
     teacher: Annotated[
         list[str] | None, typer.Option(help="who teaches beside the labels: original, none or an ONNX file")
     ] = None

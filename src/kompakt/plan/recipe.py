@@ -145,7 +145,7 @@ class FinetuneSection(Section):
     learning_rate: float = Field(default=0.02, gt=0)
     batch_size: int = Field(default=128, ge=1)
     examples: int | None = Field(default=None, ge=1)
-    augment: Literal["none", "flip", "crop_and_flip"] = "none"
+    augment: Literal["none", "flip", "crop_and_flip", "shift"] = "none"
     channels_last: bool = False
     compile: bool = False
     teacher: str | tuple[str, ...] = "original"
