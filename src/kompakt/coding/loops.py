@@ -349,10 +349,11 @@ def read_planes(stream: Stream, planes: Planes) -> int:
 @njit(types.void(SHORT, types.int64, types.int64, types.int8[::1]), cache=True, nogil=True)
 def to_bytes(values: np.ndarray, taps: int, offset: int, found: np.ndarray) -> None:
     """Values [taps, kernels] and an offset to bytes [kernels, taps], modulo 256."""
-    kernels, add = found.size // max(taps, 1), np.int16(offset)
-    for first in range(0, kernels, CHUNK):
-        last = min(kernels, first + CHUNK)
-        for tap in range(taps):
-            row = values[tap * kernels : (tap + 1) * kernels]
+    across, add, step, zero = np.uint64(max(taps, 1)), np.int16(offset), np.uint64(CHUNK), np.uint64(0)
+    kernels = np.uint64(found.size) // across
+    for first in range(zero, kernels, step):
+        last = min(kernels, first + step)
+        for tap in range(zero, across):
+            begin = tap * kernels
             for kernel in range(first, last):
-                found[kernel * taps + tap] = np.int8(row[kernel] + add)
+                found[kernel * across + tap] = np.int8(values[begin + kernel] + add)
