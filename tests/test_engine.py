@@ -83,6 +83,12 @@ def test_the_plan_of_a_search_ends_and_finds_the_largest_factor(slope, bits, tau
     assert worth or objective == "latency" or truth(Choice(rate=space.rates[0])) > 1  # there is something to ship
 
 
+def trained_on(choice: Choice) -> bool:
+    """Whether it is the network before it, at its price or a lower one."""
+    before = choice.after
+    return before is not None and choice == replace(before, rate=min(choice.rate, before.rate), after=before)
+
+
 def test_a_trained_network_goes_on_from_one_that_kept_the_budget() -> None:
     """And each training is worth something to those after it: what comes near the budget is trained once more."""
 
@@ -102,8 +108,8 @@ def test_a_trained_network_goes_on_from_one_that_kept_the_budget() -> None:
     for choice in trained[len(begun) :]:
         assert choice.after in trained
         assert choice.fewer_macs >= choice.after.fewer_macs
-        assert truth(choice.after) <= 1 or (choice == replace(choice.after, after=choice.after))
-    again = [choice for choice in trained if choice.after and choice == replace(choice.after, after=choice.after)]
+        assert truth(choice.after) <= 1 or trained_on(choice)
+    again = [choice for choice in trained if trained_on(choice)]
     assert again
     best = max((choice for choice in trained if truth(choice) <= 1), key=lambda choice: choice.fewer_macs)
     assert truth(replace(best, after=None)) > 1  # from the original it would not have kept the budget
@@ -122,19 +128,31 @@ def test_a_network_that_stays_near_is_trained_on_at_a_lower_price() -> None:
     assert mended(eased[0]) <= 1 < mended(eased[0].after)
 
 
-def test_what_comes_nearer_too_slowly_is_not_trained_on_at_the_same_price() -> None:
+def test_what_is_close_is_trained_on_at_its_own_price_and_what_is_only_near_at_a_lower_one() -> None:
+    for first, lower in ((1.1, 0), (1.6, 1)):
+
+        def truth(choice: Choice, first: float = first) -> float:
+            return first - 0.3 * (len(choice.rounds) - 1) if choice.epochs else 4.0 * (choice.fewer_macs - 1)
+
+        begun, again = [choice for choice in walk(truth, SMALL) if choice.epochs][:2]
+        assert again == replace(begun, rate=SMALL.prices[FIRST_PRICE - lower], after=begun)
+
+
+def test_where_training_would_begin_is_made_without_it_first() -> None:
+    """Widths are multiples of something: what a stride tells of the factors below it may be far off."""
+
     def truth(choice: Choice) -> float:
-        if not choice.epochs:
-            return 4.0 * (choice.fewer_macs - 1)
-        return 1.15 - 0.05 * len(choice.rounds) + (0.1 if choice.rate == SMALL.prices[FIRST_PRICE] else 0.0)
+        return 0.5 if choice.epochs else 0.0 if choice.fewer_macs < 1.2 else 9.0  # a step, not a slope
 
-    trained = [choice for choice in walk(truth, SMALL) if choice.epochs]
-    first, again, eased = trained[:3]
-    assert again == replace(first, after=first)  # 1.2, then 1.15: another round would leave 1.1
-    assert eased == replace(first, rate=SMALL.prices[FIRST_PRICE - 1], after=again)
+    tried = walk(truth, SMALL)
+    first = next(place for place, choice in enumerate(tried) if choice.epochs)
+    probes = [choice for choice in tried[:first] if 1 < choice.fewer_macs < 1.5]
+    assert probes
+    assert truth(probes[0]) == 9.0
+    assert tried[first].fewer_macs < probes[0].fewer_macs
 
 
-@pytest.mark.parametrize(("means", "least", "most"), [(0.5, 1.2, 2.0), (2.0, 2.0, 3.0), (6.0, 3.0, 6.0)])
+@pytest.mark.parametrize(("means", "least", "most"), [(0.5, 1.5, 2.3), (2.0, 2.3, 4.0), (6.0, 4.0, 8.0)])
 def test_the_more_time_there_is_the_smaller_the_network_where_training_begins(means, least, most) -> None:
     """It begins between the strides where as much is lost as the epochs give back, and small ones have more epochs."""
     space = Space(max_drop=1.0, means=means)
@@ -573,7 +591,7 @@ def test_two_workers_share_a_study(weights, tmp_path: Path) -> None:
 def test_what_another_worker_shipped_of_all_candidates_is_not_made_again(searched, tmp_path: Path) -> None:
     out = shutil.copytree(searched[0], tmp_path / "out")
     written = (out / "result.json").stat().st_mtime
-    assert shipped_since(out, written - 1) == searched[1]
+    assert shipped_since(out, written - 1) == Result.read(out / "result.json")
     assert shipped_since(out, written + 1) is None  # it lay there before this worker came to its end
     folder_of(out, 7).mkdir()
     (folder_of(out, 7) / "candidate.json").write_text(tried(7, 0.0).model_dump_json())

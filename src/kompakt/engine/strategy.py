@@ -12,7 +12,7 @@ use than the next one is not coded five times.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
-from math import inf, log, sqrt
+from math import exp, inf, log, sqrt
 from typing import Literal
 
 from kompakt.engine.choice import Choice
@@ -20,13 +20,15 @@ from kompakt.engine.choice import Choice
 Objective = Literal["size", "latency", "both"]
 STRIDE, CLOSE, CLOSE_TRAINED, NEAR, AGAIN = 1.5, 1.15, 1.3, 2.0, 2
 """Factors of a climb: its step, and how near it comes to what breaks the budget, where a try is cheap or a training.
-A trained network that loses at most ``NEAR`` times what it may is trained on, ``AGAIN`` times at most, while the next
-round would bring it there if it gained as much as the last one, before it is given up."""
-RECOVERED, LASTING, MOST_EPOCHS = 0.75, 0.75, 30
+A trained network that loses at most ``NEAR`` times what it may is trained on, ``AGAIN`` times at most, while it gets
+better, before it is given up: at its own price where it is ``CLOSE``, else at the next lower one."""
+RECOVERED, LASTING, MOST_EPOCHS = 1.0, 0.75, 30
 """Training of ``E`` epochs, trained on included, gives back a loss of ``RECOVERED · E ** LASTING`` times what may be
-lost, with a margin: ResNet-20's 10.7 points at half the multiplications were 2.2 after 2 epochs and 0.7 after 10 in
-float; coded, its 8 points at 1.44 times fewer were 1.7 after 6;
-ResNet-18's 7.0 at 3.28 times fewer were 1.6 after 4."""
+lost, with a margin: ResNet-20's 10.7 points at half the multiplications were 2.2 after 2 epochs and 0.7 after 10,
+ResNet-18's 7.0 at 3.28 times fewer were 1.6 after 4, coded; ResNet-20's 9.3 at 1.4 were 1.5 after 6, coded."""
+GROWTH, PROBES = 1.5, 2
+"""Below the first stride losses are taken to grow as ``ln(factor) ** GROWTH``; where training would begin is made
+without it first, ``PROBES`` times at most: between strides there are steps of what widths are multiples of."""
 NATS, FIRST = (0.0027, 0.008, 0.016, 0.032, 0.08), 2
 """What a bit more or less of every weight may cost, in nats of divergence, and the place of what is tried first."""
 PRICES, FIRST_PRICE = (0.02, 0.04, 0.08, 0.16), 1
@@ -197,7 +199,16 @@ class _Walk:
         return max(self.drops[choice] if choice != Choice() else 0.0, 0.1 * self.space.max_drop, 1e-9)
 
     def promising(self, strides: Sequence[Choice], share: float = 1.0) -> float:
-        """Where so large a share is lost of what training may give back: between strides, straight on log scales."""
+        """Where so large a share is lost of what training may give back, as measured there without it."""
+        for _ in range(PROBES):
+            probe = Choice(fewer_macs=self.between_strides(strides, share))
+            if probe in strides or self.lost(probe) <= CLOSE * share * self.space.hope(probe.fewer_macs):
+                return probe.fewer_macs
+            strides = sorted([*strides, probe], key=lambda each: each.fewer_macs)
+        return self.between_strides(strides, share)
+
+    def between_strides(self, strides: Sequence[Choice], share: float) -> float:
+        """The same as it should be: straight between strides on log scales."""
         places = [each.fewer_macs for each in strides]
         hoped = [max(share * self.space.hope(place), 1e-9) for place in places]
         gaps = [log(self.lost(each) / mended) for each, mended in zip(strides, hoped, strict=True)]
@@ -205,6 +216,8 @@ class _Walk:
         if after in (0, len(gaps)):
             return places[min(after, len(gaps) - 1)]
         (low, high), (under, over) = places[after - 1 : after + 1], gaps[after - 1 : after + 1]
+        if low == 1.0:
+            return round(float(high ** exp(-over / GROWTH)), 2)
         along = under / (under - over) if over < inf else 0.0
         return round(float(low * (high / low) ** along), 2)
 
@@ -258,7 +271,7 @@ class _Walk:
         bold = max(free, self.promising(strides))
         while True:
             tried = self.taught_at(replace(start, fewer_macs=bold))
-            found = self.held(tried, NEAR if high is not None else CLOSE_TRAINED) if tried.epochs else None
+            found = self.held(tried) if tried.epochs else None
             if found is not None or bold <= free:
                 return found, high
             share = self.space.max_drop / self.drops[tried] if tried.epochs else 0.0
@@ -269,21 +282,16 @@ class _Walk:
         """Return a choice, trained as long as there is time for at its size."""
         return replace(choice, epochs=self.space.epochs_at(choice.fewer_macs))
 
-    def held(self, choice: Choice, ease: float = 1.0) -> Choice | None:
-        """Return a trained choice that keeps the budget: this one, or where it is near and comes nearer, trained on.
-
-        One that stays within ``ease`` times what it may lose is trained on at the next lower price, too.
-        """
-        budget, gained = self.space.max_drop, inf
+    def held(self, choice: Choice) -> Choice | None:
+        """Return a trained choice that keeps the budget: this one, or where it is near and gets better, trained on."""
+        budget = self.space.max_drop
+        nearest = NEAR * budget
         for _ in range(AGAIN):
-            if self.keeps(choice) or (last := self.drops[choice]) >= NEAR * budget or last - gained > budget:
+            if self.keeps(choice) or self.drops[choice] >= nearest:
                 break
-            choice = replace(choice, after=choice)
-            self.keeps(choice)
-            gained = last - self.drops[choice]
-        lower = [price for price in self.space.prices if price < choice.rate]
-        if lower and not self.keeps(choice) and self.drops[choice] < ease * budget:
-            choice = replace(choice, rate=lower[-1], after=choice)
+            nearest = self.drops[choice]
+            lower = [price for price in self.space.prices if price < choice.rate and nearest > CLOSE * budget]
+            choice = replace(choice, rate=max(lower, default=choice.rate), after=choice)
         return choice if self.keeps(choice) else None
 
     def onward(self, last: Choice, high: float | None) -> Choice:
