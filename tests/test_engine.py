@@ -450,6 +450,19 @@ def test_a_storage_that_cannot_be_reached_is_one_line(url: str, tmp_path: Path) 
         open_ledger(tmp_path, url, {}, 0)
 
 
+def test_workers_that_share_a_study_share_its_folder(tmp_path: Path) -> None:
+    """Candidates of another folder would count as lost, and live trials there as left by the dead."""
+    url = f"sqlite:///{tmp_path}/study.db"
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    with open_ledger(tmp_path / "a", url, {}, 0).taken(Choice(fewer_macs=1.5), SMALL):
+        again = open_ledger(tmp_path / "a", url, {}, 0)
+        assert again.in_hand() == 1
+        with pytest.raises(InputError, match="all workers share one --out"):
+            open_ledger(tmp_path / "b", url, {}, 0)
+    assert again.in_hand() == 0
+
+
 def test_a_study_of_another_version_is_refused(net, tmp_path: Path) -> None:
     one = job(net, tmp_path)
     explore(one, Asked(candidates=1))

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import uuid
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,10 +17,12 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from kompakt.engine.choice import Choice
 from kompakt.engine.strategy import MOST_EPOCHS, Space
 from kompakt.errors import InputError
+from kompakt.files import atomic_write
 from kompakt.measure.result import Tried
 
 NAME = "kompakt"
 JOURNAL = "study.journal"
+MARK = "study.id"
 GRACE_SECONDS = 10
 DRAWN, AFTER = ("fewer_macs", "drop_blocks", "rate", "epochs"), "after"
 """What Optuna knows of a choice, and where a trial says the number of the one that it goes on from."""
@@ -167,7 +170,29 @@ def open_ledger(out: Path, url: str | None, identity: dict[str, str], seed: int)
         raise InputError(f"{where}: the study is of something else ({told}); take another --out, or delete it")
     locks = out / "locks"
     locks.mkdir(exist_ok=True)
-    return Ledger(study=study, locks=locks, seed=seed)
+    ledger = Ledger(study=study, locks=locks, seed=seed)
+    if url is not None:
+        with ledger.alone("opening"):
+            _one_folder(study, out, url)
+    return ledger
+
+
+def _one_folder(study: optuna.Study, out: Path, url: str) -> None:
+    """Mark the folder of a study that lies elsewhere.
+
+    Raises:
+        InputError: the study's candidates lie in another folder.
+    """
+    mark, known = out / MARK, study.user_attrs.get("folder")
+    if known is None:
+        known = uuid.uuid4().hex
+        atomic_write(mark, known.encode())
+        study.set_user_attr("folder", known)
+    if not mark.exists() or mark.read_text() != known:
+        raise InputError(
+            f"--study {url}: its candidates and locks lie in another folder than {out}; all workers share one --out, "
+            "on a file system that all of them see"
+        )
 
 
 def choice_of(trial: FrozenTrial, earlier: Mapping[int, Choice]) -> Choice | None:
