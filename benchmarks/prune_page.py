@@ -19,8 +19,8 @@ def page(cells: Cells) -> str:
         f"machine: {machine()['cpu']}, one thread. CIFAR-10 (JPEG), weights of the zoo, accuracy on the 10,000 test "
         "images with the paired 95 % interval of the drop. *bn*: batch norms' statistics estimated anew on the same "
         "training images for both tools; *reconstruct*: layers that lost inputs refitted by least squares to the "
-        "original's outputs (`kompakt.build.reconstruct`), which torch-pruning does not offer; *none*: neither. A share of "
-        "the channels is of all convolutions' together: where it goes decides how many MACs are left, which stands beside.",
+        "original's outputs (`kompakt.build.reconstruct`), which torch-pruning does not offer; *none*: neither. A "
+        "share of the channels is of all convolutions' together: where it goes decides how many MACs are left.",
         "",
         "Settings are chosen by accuracy, batch norms estimated anew, on a part of the training images, which the "
         "weights have been trained on: it ranks settings, its level says nothing. ResNet-20's padded shortcuts are "
