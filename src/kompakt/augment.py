@@ -39,8 +39,7 @@ def crop_and_flip(images: Tensor, generator: torch.Generator, *, pad: int = 4) -
         N×C×H×W of the same dtype.
     """
     n, _, height, width = images.shape
-    down = torch.randint(2 * pad + 1, (n, 1), generator=generator)
-    right = torch.randint(2 * pad + 1, (n, 1), generator=generator)
+    down, right = _offsets(n, pad, generator)
     mirrored = torch.rand(n, 1, generator=generator) < 0.5
     rows = down + torch.arange(height)
     columns = right + torch.where(mirrored, torch.arange(width - 1, -1, -1), torch.arange(width))
@@ -61,10 +60,15 @@ def shift(images: Tensor, generator: torch.Generator, *, pad: int = 2) -> Tensor
         N×C×H×W of the same dtype.
     """
     n, _, height, width = images.shape
-    down = torch.randint(-pad, pad + 1, (n, 1), generator=generator)
-    right = torch.randint(-pad, pad + 1, (n, 1), generator=generator)
-    rows = (down + torch.arange(height)).clamp(0, height - 1)
-    return _taken(images, rows, (right + torch.arange(width)).clamp(0, width - 1))
+    down, right = _offsets(n, pad, generator)
+    rows = (down - pad + torch.arange(height)).clamp(0, height - 1)
+    return _taken(images, rows, (right - pad + torch.arange(width)).clamp(0, width - 1))
+
+
+def _offsets(count: int, pad: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw how far down and right each image is taken, 0 to 2·pad, both (N, 1)."""
+    down = torch.randint(2 * pad + 1, (count, 1), generator=generator)
+    return down, torch.randint(2 * pad + 1, (count, 1), generator=generator)
 
 
 def _taken(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

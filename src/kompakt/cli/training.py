@@ -1,12 +1,12 @@
 """The options of every command that trains."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from kompakt.errors import InputError
-from kompakt.plan.recipe import FinetuneSection
+from kompakt.plan.recipe import Augment, FinetuneSection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,9 +15,7 @@ class TrainingOptions:
 
     learning_rate: Annotated[float, typer.Option(help="highest rate of the cosine schedule", min=1e-8)] = 0.02
     batch_size: Annotated[int, typer.Option(help="examples a step", min=1)] = 128
-    augment: Annotated[
-        Literal["none", "flip", "crop_and_flip", "shift"], typer.Option(help="of the training images")
-    ] = "none"
+    augment: Annotated[Augment, typer.Option(help="of the training images")] = "none"
     teacher: Annotated[
         list[str] | None, typer.Option(help="who teaches beside the labels: original, none or an ONNX file")
     ] = None

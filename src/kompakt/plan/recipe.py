@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from kompakt.errors import InputError
 
+Augment = Literal["none", "flip", "crop_and_flip", "shift"]
+"""What training makes of images, see ``kompakt.augment``."""
+
 
 class Section(BaseModel):
     """Base of every section: immutable, unknown keys refused."""
@@ -145,7 +148,7 @@ class FinetuneSection(Section):
     learning_rate: float = Field(default=0.02, gt=0)
     batch_size: int = Field(default=128, ge=1)
     examples: int | None = Field(default=None, ge=1)
-    augment: Literal["none", "flip", "crop_and_flip", "shift"] = "none"
+    augment: Augment = "none"
     channels_last: bool = False
     compile: bool = False
     teacher: str | tuple[str, ...] = "original"
