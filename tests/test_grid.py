@@ -256,6 +256,24 @@ def test_learned_step_gradient_of_clipped_values_equals_finite_differences() -> 
     assert float(scale.grad) == pytest.approx(float((ends[1] - ends[0]) / (2 * step)), rel=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of the compiler's own modules
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
+def test_a_learned_step_compiles_whole(granularity: PerTensor | PerChannel | PerGroup) -> None:
+    spec = QuantSpec(bits=3, symmetric=False, granularity=granularity)
+    scale, zero_point = params(weight() * 0.5, spec)
+
+    def loss(w: torch.Tensor, s: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        return (lsq_quantize(w, s, z, spec, 0.25) * w.detach().cos()).sum()
+
+    found = []
+    for work in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=False)):
+        leaves = [each.detach().clone().requires_grad_() for each in (weight(), scale, zero_point.float())]
+        value = work(*leaves)
+        value.backward()
+        found.append([value.detach(), *(leaf.grad for leaf in leaves)])
+    torch.testing.assert_close(*found)
+
+
 def test_learned_step_finds_a_better_scale() -> None:
     spec, x = QuantSpec(bits=3), weight(shape=(1, 4000))[0]
     scale, zero = params(x, spec)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from kompakt.errors import InputError
 
@@ -289,7 +290,8 @@ class _TrainedTernary(torch.autograd.Function):
 
 
 def _rows(weight: Tensor, per: Per) -> Tensor:
-    if not torch.isfinite(weight).all():
+    # A compiled step cannot ask; training looks at its losses and weights.
+    if not is_compiling() and not torch.isfinite(weight).all():
         raise InputError("NaN or infinity among the weights; they cannot be binarized")
     return weight.reshape(1, -1) if per == "tensor" else weight.reshape(weight.shape[0], -1)
 

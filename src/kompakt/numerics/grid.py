@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from kompakt.errors import InputError
 from kompakt.spec import Granularity, PerChannel, PerGroup, PerTensor, QuantSpec
@@ -215,14 +216,15 @@ class _LearnedStep(torch.autograd.Function):
     """The forward and backward of ``lsq_quantize``, for a scale and offset that broadcast against ``x``.
 
     With ``q`` the clamped integers, ``d out / d scale`` is ``q - v`` inside and ``q`` outside, so that its sum with the
-    gradient is ``(Σ grad · out - Σ inside · grad · x) / scale``: three passes over the tensor instead of ten.
+    gradient is ``(Σ grad · out - Σ inside · grad · x) / scale``: three passes over the tensor instead of ten. The
+    fastest operators want Python's numbers; a compiler, which fuses the passes, is left with tensors.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, offset: Tensor, spec: QuantSpec, grad_scale: float) -> Tensor:
         zero_point = offset.round().clamp_(spec.qmin, spec.qmax)
         low, high = spec.qmin - zero_point, spec.qmax - zero_point
-        ends = (float(low), float(high)) if zero_point.ndim == 0 else (low, high)
+        ends = (float(low), float(high)) if zero_point.ndim == 0 and not is_compiling() else (low, high)
         out = (x / scale).clamp_(*ends).round_().mul_(scale)
         ctx.save_for_backward(x, out, scale, low, high)
         ctx.grad_scale = grad_scale
@@ -243,7 +245,7 @@ class _LearnedStep(torch.autograd.Function):
 
 def _inside(grad: Tensor, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """The gradient where ``low ≤ x / scale ≤ high``, else 0."""
-    if scale.ndim == 0 and low.ndim == 0:
+    if scale.ndim == 0 and low.ndim == 0 and not is_compiling():
         # The operator leaves the ends out.
         ends = float((low - 1e-6) * scale), float((high + 1e-6) * scale)
         return torch.ops.aten.hardtanh_backward(grad, x, *ends)
@@ -253,9 +255,11 @@ def _inside(grad: Tensor, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -
 
 def _summed(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
     """Sum a product over all that shares one value of ``like``."""
-    if like.ndim == 0 and a.ndim == 4 and a.is_contiguous(memory_format=torch.channels_last):
+    if like.ndim or is_compiling():
+        return (a * b).sum_to_size(like.shape)
+    if a.ndim == 4 and a.is_contiguous(memory_format=torch.channels_last):
         a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
-    return torch.dot(a.flatten(), b.flatten()) if like.ndim == 0 else (a * b).sum_to_size(like.shape)
+    return torch.dot(a.flatten(), b.flatten())
 
 
 def worst_pair(q: Tensor, axis: int = 0) -> tuple[Tensor, Tensor]:
