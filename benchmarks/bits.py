@@ -37,15 +37,16 @@ def run_ptq(cells: Cells, bench: Bench) -> None:
         cells.get(key, lambda n=name, s=section: ptq(bench, f"ptq-{n}".replace(" ", "-").replace("/", "-"), s, "test"))
 
 
-def run_qat(cells: Cells, bench: Bench, names: list[str], seeds: int, epochs: int) -> None:
+def run_qat(cells: Cells, bench: Bench, given: argparse.Namespace) -> None:
     """Train the rows that are named, seed by seed."""
-    for seed in range(seeds):
-        for name in names:
+    for seed in range(given.seeds):
+        for name in given.rows:
             knobs, form, _ = QAT[name]
             section = None if knobs is None else QuantizeSection(**knobs)
             key = {"part": "qat", "model": bench.name, "row": name, "knobs": knobs or {}, "form": form, "seed": seed}
-            key |= {"epochs": epochs, "learning_rate": RATE, "teacher": True, "images": 10_000}
-            label = f"qat-{name}-{seed}-{epochs}".replace(" ", "-")
+            key |= {"epochs": given.epochs, "learning_rate": given.rate, "teacher": True, "images": 10_000}
+            key |= {"hint": given.hint} if given.hint else {}
+            label = "-".join(("qat", name, *map(str, (seed, given.epochs, given.rate, given.hint)))).replace(" ", "-")
             cells.get(key, lambda k=key, s=section, f=form, n=label: qat(bench, n, k, s, f, cells.spent))
 
 
@@ -79,6 +80,8 @@ def main() -> int:
     parser.add_argument("--rows", nargs="+", default=list(QAT), choices=list(QAT), help="of the part that trains")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--rate", type=float, default=RATE, help="highest learning rate")
+    parser.add_argument("--hint", type=float, default=0.0, help="weight of the teacher's features at the end of stages")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop cleanly after this time")
     parser.add_argument("--cifar", default="/tmp/data", help="CIFAR-10 as an image folder")
     parser.add_argument("--mnist", default="/tmp/mnist", help="MNIST as an image folder")
@@ -92,7 +95,7 @@ def main() -> int:
         if given.only in (None, "ptq"):
             run_ptq(cells, bench)
         if given.only in (None, "qat"):
-            run_qat(cells, bench, given.rows, given.seeds, given.epochs)
+            run_qat(cells, bench, given)
         if given.only in (None, "peers"):
             run_peers(cells, given)
         if given.only in (None, "mnist"):

@@ -4,7 +4,7 @@ import copy
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,7 +20,7 @@ from kompakt.augment import crop_and_flip
 from kompakt.awareness import begun
 from kompakt.bits import planned
 from kompakt.build.aware import Aware, shipped, with_signs
-from kompakt.build.distill import Objective, Teacher, Term
+from kompakt.build.distill import Objective, Teacher, Term, stage_terms
 from kompakt.build.quantize import quantize
 from kompakt.build.train import Hooks, TrainSettings, shuffled, train
 from kompakt.data import Data, Split, open_data
@@ -113,10 +113,12 @@ def qat(bench: Bench, label: str, key: dict[str, Any], section: QuantizeSection 
         if spent():
             raise TimeUp
 
-    settings = settings_of(key["epochs"], key["seed"], label)
+    settings = replace(settings_of(key["epochs"], key["seed"], label), learning_rate=key["learning_rate"])
     teachers = (Teacher(model=teacher),) if key["teacher"] else ()
     loader = shuffled(bench.data.train, BATCH, seed=key["seed"], augment=crop_and_flip)
     hooks, goal = Hooks(after_step=(watch,)), objective(key["teacher"])
+    if key.get("hint") and aware_form is not None:
+        goal = hinted(goal, teacher, model, bench.example, key["hint"])
     report = train(model, loader, settings, objective=goal, teachers=teachers, hooks=hooks)
     if aware_form is None:
         made = fold(trace(model.eval(), bench.example))
@@ -152,6 +154,12 @@ def objective(taught: bool) -> Objective:
     """Return what is minimised: half of it the teacher's soft targets, where there is one."""
     term = Term(loss="soft_targets", weight=TAUGHT, knobs={"temperature": TEMPERATURE})
     return Objective(terms=(term,), task_weight=1 - TAUGHT) if taught else Objective()
+
+
+def hinted(goal: Objective, teacher: torch.nn.Module, student: torch.nn.Module, example: Tensor,
+           weight: float) -> Objective:  # fmt: skip
+    """Add the teacher's features at the end of every stage (FitNets, Romero et al. 2015, arXiv 1412.6550)."""
+    return replace(goal, terms=(*goal.terms, *stage_terms("hint", teacher, student, example, weight=weight)))
 
 
 def _calibration(bench: Bench, section: QuantizeSection) -> Any:

@@ -103,27 +103,35 @@ def _qat(cells: Cells, base: dict[str, Any]) -> list[str]:
     lines += [
         "Learned steps (LSQ, LSQ+), batch norms trained and folded into the scales of the channels, the float",
         "network as teacher (half of the loss, temperature 4), random crops and mirrors, batch 128, cosine from",
-        "0.02. The first and the last layer have 8 bits. Two bits of weights are −1, 0 and 1 with a scale a",
-        "channel. The control is the float network given the same training.",
+        "0.02. *Hint*: the mean squared error of its features at the end of the three stages, weighed so, is added",
+        '(`--hint`; in a recipe `[[distill.terms]]`, `loss = "hint"`). The first and the last layer have 8 bits. Two',
+        "bits of weights are −1, 0 and 1 with a scale a channel. The control is the float network given the same",
+        "training.",
         "",
-        "| | epochs | seeds | accuracy, % | drop, points, by seed | asked for | `.kpk`, kB | minutes a seed |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| | epochs | hint | seeds | accuracy, % | drop, points, by seed | asked for | `.kpk`, kB | minutes a seed |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, limit in [*((name, limit) for name, (_, _, limit) in QAT.items()), (PEER, None)]:
         found = cells.find(part="qat", row=name)
         asked = "" if limit is None else f"≤ {limit:g} within 15 epochs"
         if not found:
-            lines.append(f"| {name} | | | not run yet | | {asked} | | |")
-        for epochs in sorted({cell["key"]["epochs"] for cell in found}):
-            same = [cell for cell in found if cell["key"]["epochs"] == epochs]
+            lines.append(f"| {name} | | | | not run yet | | {asked} | | |")
+        for epochs, hint in sorted({_training(cell) for cell in found}):
+            same = [cell for cell in found if _training(cell) == (epochs, hint)]
             accuracy = f"{100 * mean(cell['accuracy'] for cell in same):.2f}"
             drops = "; ".join(_drop(base, cell) for cell in same)
             sizes, minutes = [c["kpk_bytes"] for c in same if "kpk_bytes" in c], mean(c["train_s"] for c in same) / 60
             size = f"{mean(sizes) / 1e3:.0f}" if sizes else ""
             lines.append(
-                f"| {name} | {epochs} | {len(same)} | {accuracy} | {drops} | {asked} | {size} | {minutes:.1f} |"
+                f"| {name} | {epochs} | {f'{hint:g}' if hint else ''} | {len(same)} | {accuracy} | {drops} | {asked} "
+                f"| {size} | {minutes:.1f} |"
             )
     return [*lines, "", *_steps(cells)]
+
+
+def _training(cell: dict[str, Any]) -> tuple[int, float]:
+    """Epochs, and the weight of hints."""
+    return cell["key"]["epochs"], cell["key"].get("hint", 0.0)
 
 
 def _steps(cells: Cells) -> list[str]:

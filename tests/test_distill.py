@@ -92,6 +92,26 @@ def test_stages_pair_by_resolution():
         stages(nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), IMAGES)
 
 
+class CalledTwice(nn.Module):
+    """As a quantized shortcut reads its tensor again, through the same quantizer, on a slice."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.quantizer = nn.Conv2d(3, 4, 3, padding=1), nn.Identity()
+
+    def forward(self, x):
+        x = self.layer(x)
+        return self.quantizer(x).mean() + self.quantizer(x[:, :, ::2, ::2]).mean()
+
+
+def test_a_call_on_a_slice_is_no_tap():
+    model, images = CalledTwice(), torch.zeros(2, 3, 8, 8)
+    assert [stage.last for stage in stages(model, images)] == ["quantizer"]
+    with capture(model, {"quantizer"}) as seen:
+        model(images)
+    assert seen["quantizer"].shape == (2, 4, 8, 8)
+
+
 # ---------------------------------------------------------------- terms
 
 

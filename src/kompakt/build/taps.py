@@ -53,7 +53,10 @@ def resolve_tap(model: nn.Module, pattern: str) -> str:
 
 @contextmanager
 def capture(model: nn.Module, names: set[str]) -> Iterator[dict[str, Tensor]]:
-    """Collect the outputs of the named modules while the block runs; the last call of each counts.
+    """Collect the outputs of the named modules while the block runs.
+
+    Of several calls of one the last counts whose output has the shape of the first's: a quantizer is called again on
+    the slice that a shortcut takes.
 
     Raises:
         InputError: a module returns something else than one tensor.
@@ -66,7 +69,8 @@ def capture(model: nn.Module, names: set[str]) -> Iterator[dict[str, Tensor]]:
                 raise InputError(
                     f"tap {name}: the module returns {type(output).__name__}, not one tensor; tap inside it"
                 )
-            seen[name] = output
+            if name not in seen or seen[name].shape == output.shape:
+                seen[name] = output
 
         return record
 
@@ -104,7 +108,7 @@ def stages(model: nn.Module, example: Tensor) -> tuple[Stage, ...]:
     """Find the resolution stages of a convolutional model, in the order in which they end.
 
     Of every (height, width) above 1×1 that some module's output has, the first such module to finish
-    and the last: of nested modules that finish together, the outermost.
+    and the last: of nested modules that finish together, the outermost. Calls count as in ``capture``.
 
     Args:
         model: left as it is.
@@ -114,10 +118,13 @@ def stages(model: nn.Module, example: Tensor) -> tuple[Stage, ...]:
         InputError: no module returns a feature map.
     """
     seen: dict[tuple[int, int], list[tuple[str, int]]] = {}
+    shapes: dict[str, torch.Size] = {}
 
     def hook(name: str) -> Any:
         def record(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.ndim == 4 and max(output.shape[2:]) > 1:
+            if not isinstance(output, Tensor) or shapes.setdefault(name, output.shape) != output.shape:
+                return
+            if output.ndim == 4 and max(output.shape[2:]) > 1:
                 size = (output.shape[2], output.shape[3])
                 seen.setdefault(size, []).append((name, output.shape[1]))
 
