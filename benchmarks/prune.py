@@ -72,6 +72,7 @@ def run_tuned(cells: Cells, bench: Bench, given: argparse.Namespace, ratios: lis
         learning_rate=given.rate,
         distill=given.distill,
         attention=given.attention,
+        hint=given.hint,
         steps=given.steps,
     )
     if "torch-pruning" in given.tools:
@@ -83,8 +84,9 @@ def run_tuned(cells: Cells, bench: Bench, given: argparse.Namespace, ratios: lis
             rows += [("torch-pruning", best(cells, bench.name, ratio, "torch-pruning", bench.validation), ratio, "bn")]
         for tool, setting, ratio, mend in (row for row in rows if row[0] in given.tools):
             how = {**asdict(tuning), "distill": tuning.distill if tool == "kompakt" else 0.0}
-            if tool != "kompakt" or not tuning.attention:
-                del how["attention"]
+            for loss in ("attention", "hint"):
+                if tool != "kompakt" or loss not in tuning.features:
+                    del how[loss]
             key = {**_key(bench, ratio, tool, setting, mend, "test"), "part": "tuned", "seed": seed, **how}
             cells.get(key, lambda k=key: tuned(bench, *_what(k)[:4], k["seed"], tuning, cells.spent))
 
@@ -138,6 +140,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--rate", type=float, default=Tuning().learning_rate, help="highest learning rate")
     parser.add_argument("--distill", type=float, default=Tuning().distill, help="kompakt's share of soft targets")
     parser.add_argument("--attention", type=float, default=0.0, help="weight of attention maps beside them")
+    parser.add_argument("--hint", type=float, default=0.0, help="weight of features at the end of stages beside them")
     parser.add_argument("--threads", type=int, default=1, help="of torch; files are always timed with one")
     parser.add_argument("--steps", type=int, default=0, help="stop training after so many steps: a smoke test")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop cleanly after this time")

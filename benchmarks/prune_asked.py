@@ -85,7 +85,7 @@ def _best(cells: Cells, model: str, ratio: float, tool: str) -> tuple[float, lis
     for cell in cells.find(part="tuned", model=model, ratio=ratio, tool=tool, steps=0):
         key = cell["key"]
         if key["epochs"] <= EPOCHS:
-            taught = (key.get("distill"), key.get("attention"))
+            taught = (key.get("distill"), key.get("attention"), key.get("hint"))
             recipes.setdefault((key["epochs"], key["learning_rate"], taught), []).append(cell)
     drops = [
         (100 * (reference(cells, model, epochs, rate) - mean(c["accuracy"] for c in found)), found)

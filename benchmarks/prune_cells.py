@@ -201,8 +201,8 @@ class Tuning:
     """How all networks are trained further; ``steps`` above 0 stops early (a smoke test).
 
     ``distill`` is the share of the loss that the original's soft targets have, for kompakt's networks alone: neither
-    torch-pruning nor the unpruned control is taught. ``attention`` is the weight of attention maps beside it, which
-    wants the original in PyTorch.
+    torch-pruning nor the unpruned control is taught. ``attention`` and ``hint`` are the weights of attention maps and
+    of features at the end of stages beside it, which want the original in PyTorch.
     """
 
     epochs: int = 10
@@ -210,14 +210,20 @@ class Tuning:
     batch_size: int = 128
     distill: float = 0.9
     attention: float = 0.0
+    hint: float = 0.0
     steps: int = 0
+
+    @property
+    def features(self) -> dict[str, float]:
+        """The losses on features that have a weight."""
+        return {loss: weight for loss, weight in (("attention", self.attention), ("hint", self.hint)) if weight}
 
     def lesson(self, bench: Bench, model: nn.Module) -> tuple[Objective, tuple[Teacher, ...]]:
         """What a taught network minimises, and who teaches it."""
         terms: tuple[Term, ...] = (Term(loss="soft_targets", weight=self.distill, knobs={"temperature": 4.0}),)
         who: Any = onnx_teacher(_float_file(bench))
-        if self.attention:
-            terms += stage_terms("attention", bench.model, model, example(bench.name), weight=self.attention)
+        for loss, weight in self.features.items():
+            terms += stage_terms(loss, bench.model, model, example(bench.name), weight=weight)
             who = bench.model
         return Objective(terms=terms, task_weight=1 - self.distill), (Teacher(model=who),)
 
@@ -233,7 +239,7 @@ def tuned(
     model = bench.made(tool, setting, ratio, mend)
     taught = tool == "kompakt" and tuning.distill > 0
     recipe = f"{tuning.epochs}-{tuning.learning_rate}-{tuning.distill if taught else 0}-{tuning.steps}"
-    recipe += f"-{tuning.attention}" if taught and tuning.attention else ""
+    recipe += "".join(f"-{loss}-{weight}" for loss, weight in tuning.features.items()) if taught else ""
     label = f"{tool}-{setting}-{ratio}-{mend}-{seed}-{recipe}"
 
     class Enough(Exception):

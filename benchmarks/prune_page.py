@@ -118,8 +118,8 @@ def _tuned(cells: Cells, model: str) -> list[str]:
         "",
         "A drop is against the better of the original and the control, the unpruned network trained alike (mean over "
         "its seeds; the original alone where the control was not run). *Taught*: the share of the loss that is the "
-        "original's soft targets; *attention*: its attention maps, weighed so, are added; neither torch-pruning's "
-        "networks nor the control have a teacher. Seeds are few: a "
+        "original's soft targets; *attention*, *hint*: its attention maps, or its features, at the end of stages are "
+        "added, weighed so; neither torch-pruning's networks nor the control have a teacher. Seeds are few: a "
         "difference of some tenths of a point between rows settles nothing.",
     ]
 
@@ -127,7 +127,7 @@ def _tuned(cells: Cells, model: str) -> list[str]:
 def _recipe(cell: dict[str, Any]) -> tuple[float, str, int, float, str]:
     key = cell["key"]
     taught = f"{key['distill']:g}" if key.get("distill") else "no"
-    taught += f", attention {key['attention']:g}" if key.get("attention") else ""
+    taught += "".join(f", {loss} {key[loss]:g}" for loss in ("attention", "hint") if key.get(loss))
     return key["ratio"], key["tool"], key["epochs"], key["learning_rate"], taught
 
 
