@@ -21,7 +21,7 @@ from kompakt.files import atomic_write, writable_folder
 from kompakt.graph.fold import fold
 from kompakt.graph.trace import trace
 from kompakt.plan.plan import Plan
-from kompakt.plan.recipe import BudgetSection, PruneSection, Recipe, SparsifySection
+from kompakt.plan.recipe import BudgetSection, DistillSection, PruneSection, Recipe, SparsifySection
 from kompakt.slim import as_planned, pruned, within_bytes
 from kompakt.sparsity import sparsified
 from kompakt.training import Slim
@@ -146,6 +146,7 @@ def prune(
             prune=section,
             sparsify=thin,
             finetune=training.section(finetune_epochs),
+            distill=DistillSection(terms=training.terms()),
             quantize=None,
             budget=BudgetSection(max_drop=max_drop),
         )
@@ -184,7 +185,8 @@ def finetune(
     epochs: Annotated[int, typer.Option(help="passes over the training split", min=1)],
 ) -> None:
     """Train MODEL further with the one training loop, and measure it before and after."""
-    recipe = Recipe(finetune=training.section(epochs), quantize=None)
+    lesson = DistillSection(terms=training.terms())
+    recipe = Recipe(finetune=training.section(epochs), distill=lesson, quantize=None)
     run_job("finetune", recipe, "onnxruntime", out, model, data, run)
 
 

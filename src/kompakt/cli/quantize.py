@@ -12,7 +12,7 @@ from kompakt.cli.options import Bits, DataOptions, ModelOptions, RunOptions
 from kompakt.cli.training import TrainingOptions
 from kompakt.errors import InputError
 from kompakt.plan.plan import Plan
-from kompakt.plan.recipe import BudgetSection, QatSection, QuantizeSection, Recipe
+from kompakt.plan.recipe import BudgetSection, DistillSection, QatSection, QuantizeSection, Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +114,7 @@ def quantize(
         first = error.errors()[0]
         raise InputError(f"--{str(first['loc'][0]).replace('_', '-')}: {first['msg']}") from None
     qat = QatSection(**training.section(qat_epochs).model_dump(exclude_unset=True), weights=qat_weights)
-    recipe = Recipe(quantize=section, qat=qat, budget=BudgetSection(max_drop=max_drop))
+    lesson, budget = DistillSection(terms=training.terms()), BudgetSection(max_drop=max_drop)
+    recipe = Recipe(quantize=section, qat=qat, distill=lesson, budget=budget)
     given = Plan.read(plan) if plan is not None else None
     run_job("quantize", recipe, target_name, out, model, data, run, given)

@@ -6,7 +6,9 @@ from typing import Annotated
 import typer
 
 from kompakt.errors import InputError
-from kompakt.plan.recipe import Augment, FinetuneSection
+from kompakt.plan.recipe import Augment, FinetuneSection, TermSection
+
+SHORT = {"dkd": "decoupled", "kd": "soft_targets"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +20,9 @@ class TrainingOptions:
     augment: Annotated[Augment, typer.Option(help="of the training images")] = "none"
     teacher: Annotated[
         list[str] | None, typer.Option(help="who teaches beside the labels: original, none or an ONNX file")
+    ] = None
+    loss: Annotated[
+        list[str] | None, typer.Option(help="how it teaches: soft_targets, hint, attention, dkd …, or LOSS=WEIGHT")
     ] = None
     temperature: Annotated[float, typer.Option(help="of the soft targets")] = 4.0
     compile: Annotated[bool, typer.Option("--compile", help="compile the step: for runs of many minutes")] = False
@@ -43,3 +48,23 @@ class TrainingOptions:
             checkpoint=self.checkpoint,
             tensorboard=self.tensorboard,
         )
+
+    def terms(self, standardize: bool = False) -> tuple[TermSection, ...]:
+        """Return what ``[distill]`` says of the losses.
+
+        Raises:
+            InputError: a weight is no number of 0 or more.
+        """
+        return tuple(_term(text, standardize) for text in self.loss or ["soft_targets"])
+
+
+def _term(text: str, standardize: bool) -> TermSection:
+    """Read ``attention=10``."""
+    name, equals, weight = text.partition("=")
+    try:
+        value = float(weight) if equals else 1.0
+    except ValueError:
+        value = -1.0
+    if not value >= 0:
+        raise InputError(f"--loss {text}: expected LOSS or LOSS=WEIGHT, as in attention=10")
+    return TermSection(loss=SHORT.get(name, name), weight=value, standardize=standardize)
