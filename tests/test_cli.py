@@ -406,6 +406,15 @@ def test_distill_makes_a_student_trains_it_and_its_weights_come_back(
     assert (own / "teachers" / "baseline" / "part-0" / "outputs.npy").is_file()
 
 
+def test_few_bits_are_taught_by_features_too(folder: Path, weights: Path, tmp_path: Path, run: Run) -> None:
+    out = tmp_path / "few"
+    bits = ("--weight-bits", 3, "--activation-bits", 3, "--qat-epochs", 1, "--loss", "kd", "--loss", "hint=20")
+    given = (MODEL, "--weights", weights, "--data", folder, *SIZE, *bits, "--quiet", "--out", out)
+    status, _, err = run("quantize", *given)
+    assert status == 0, err
+    assert "by soft_targets, hint" in Result.read(out / "result.json").stages[-1].did
+
+
 @pytest.mark.parametrize(
     ("options", "line"),
     [

@@ -29,6 +29,7 @@ from kompakt.plan.recipe import QuantizeSection
 from kompakt.plan.rules import placed
 from kompakt.refinement import notes, prepared, refine
 from kompakt.slim import Slim
+from kompakt.teaching import taught_by
 from kompakt.weights import save_weights
 
 __all__ = ["Job", "compress"]
@@ -161,8 +162,9 @@ def _did(job: Job, section: QuantizeSection) -> str:
         what = f"weights shared in codebooks of {2**section.codebook} values"
     else:
         what = "integers of bits chosen by layer" if section.mixed else "uniform integers"
-    epochs = job.recipe.qat.epochs
-    return f"{what}, trained for {epochs} epochs" if epochs else f"{what}, calibrated after training"
+    qat = job.recipe.qat
+    how = f"trained for {qat.epochs} epochs{taught_by(qat, job.recipe.distill)}"
+    return f"{what}, {how if qat.epochs else 'calibrated after training'}"
 
 
 def _calibrated(job: Job, section: QuantizeSection, capture: Capture) -> Stats:

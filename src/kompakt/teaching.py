@@ -97,8 +97,10 @@ def _terms(
 
 
 def taught_by(section: FinetuneSection, distill: DistillSection) -> str:
-    """Say who taught, and by which losses where they were chosen."""
+    """Say who taught, and by which losses where they were chosen; nothing where nobody did."""
     names = (section.teacher,) if isinstance(section.teacher, str) else section.teacher
+    if names == ("none",) or not section.distill:
+        return ""
     said = " and ".join("the original" if name == "original" else Path(name).name for name in names)
     losses = "" if distill.terms == DistillSection().terms else f" by {', '.join(t.loss for t in distill.terms)}"
     return f" with {said} as teacher{losses}"

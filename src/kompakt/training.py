@@ -67,9 +67,9 @@ def tuned(
     train(model, loader, how, objective=goal, teachers=who, regularizers=terms, hooks=hooks)
     for extra in more:
         extra.finish(model)
-    said = taught_by(section, job.recipe.distill) if who else ""
     part = "" if section.examples is None else f" on {section.examples:,} examples"
-    did = f"{found.did}; trained for {section.epochs} epochs{part}{said}".removeprefix("; ")
+    part += taught_by(section, job.recipe.distill)
+    did = f"{found.did}; trained for {section.epochs} epochs{part}".removeprefix("; ")
     return dataclasses.replace(found, model=model.eval(), did=did)
 
 
