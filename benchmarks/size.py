@@ -121,13 +121,13 @@ def trained(job: Job, training: Training, folder: Path) -> dict[str, Any]:
     recipe = Recipe(finetune=section)
     start = time.process_time()
     made = slim(replace(job, recipe=recipe), next(iter(job.data.train.batches(2, limit=2)))[0]).model
-    training = time.process_time() - start
+    spent = time.process_time() - start
     path = job.target.export(prepare(replace(job, model=made)).kept(), folder / "trained.onnx", metadata={})
     size = pack_onnx(path, folder / "trained.kpk")
     unpack_file(folder / "trained.kpk", folder / "back.onnx")
     return {
         "bytes": size,
-        "choose_s": training,
+        "choose_s": spent,
         "encode_s": fastest(lambda: pack_onnx(path, folder / "trained.kpk")),
         "decode_s": fastest(lambda: codes(folder / "trained.kpk")),
         "compiled": compiled_loops() is not None,
