@@ -48,10 +48,10 @@ def asked(cells: Cells) -> list[str]:
             what = f"{model}, {size(ratio)}, nothing trained: better than torch-pruning"
             rows.append((what, _one_shot(cells, model, ratio), f"--only one-shot --model {model} --ratios {ratio:g}"))
     for model, ratio, most in TUNED:
-        how = f"--only tuned --model {model} --ratios {ratio:g} --epochs {EPOCHS}"
+        how = f"--only tuned --model {model} --ratios {ratio:g}"
         what = f"{model}, {size(ratio)}, at most {EPOCHS} epochs: drop ≤ {most} points"
-        rows.append((what, _tuned(cells, model, ratio, most), how))
-        rows.append(("the same: no worse than torch-pruning", _beside(cells, model, ratio), how))
+        rows.append((what, *_tuned(cells, model, ratio, most, how)))
+        rows.append(("the same, in equal epochs: no worse than torch-pruning", *_beside(cells, model, ratio, how)))
     what = f"resnet18 at 224: latency ratio ≥ {LATENCY_SHARE} of the MAC ratio"
     rows.append((what, _latency(cells), "--only latency"))
     rows.append(
@@ -79,35 +79,52 @@ def _one_shot(cells: Cells, model: str, ratio: float) -> str:
     return f"{'yes' if ours > theirs else 'no'}: {100 * ours:.2f} % against {100 * theirs:.2f}"
 
 
-def _best(cells: Cells, model: str, ratio: float, tool: str) -> tuple[float, list[dict[str, Any]]]:
-    """Return the recipe of at most ten epochs with the least drop: the drop in points, its cells."""
+def _best(
+    cells: Cells, model: str, ratio: float, tool: str, epochs: int | None = None
+) -> tuple[float, list[dict[str, Any]]]:
+    """Return the recipe with the least drop, of at most ten epochs or of so many: the drop in points, its cells."""
     recipes: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for cell in cells.find(part="tuned", model=model, ratio=ratio, tool=tool, steps=0):
         key = cell["key"]
-        if key["epochs"] <= EPOCHS:
+        if key["epochs"] == epochs or (epochs is None and key["epochs"] <= EPOCHS):
             taught = (key.get("distill"), key.get("attention"), key.get("hint"))
             recipes.setdefault((key["epochs"], key["learning_rate"], taught), []).append(cell)
     drops = [
-        (100 * (reference(cells, model, epochs, rate) - mean(c["accuracy"] for c in found)), found)
-        for (epochs, rate, _), found in recipes.items()
+        (100 * (reference(cells, model, lasting, rate) - mean(c["accuracy"] for c in found)), found)
+        for (lasting, rate, _), found in recipes.items()
     ]
     return min(drops, key=lambda item: item[0], default=(float("inf"), []))
 
 
-def _tuned(cells: Cells, model: str, ratio: float, most: float) -> str:
+def _trained(found: list[dict[str, Any]]) -> str:
+    """Write the options that trained some cells."""
+    key = found[0]["key"]
+    given = {"epochs": key["epochs"], "rate": key["learning_rate"], "distill": key.get("distill", 0)}
+    given |= {name: key[name] for name in ("attention", "hint") if key.get(name)}
+    return " ".join(f"--{name} {value:g}" for name, value in given.items())
+
+
+def _tuned(cells: Cells, model: str, ratio: float, most: float, how: str) -> tuple[str, str]:
     drop, found = _best(cells, model, ratio, "kompakt")
     if not found:
-        return "not measured"
+        return "not measured", f"{how} --epochs {EPOCHS}"
     many = f"{found[0]['key']['epochs']} epochs, {len(found)} seed{'s' if len(found) > 1 else ''}"
-    return f"{'yes' if drop <= most else 'no'}: {drop:.2f} points ({many})"
+    return f"{'yes' if drop <= most else 'no'}: {drop:.2f} points ({many})", f"{how} {_trained(found)}"
 
 
-def _beside(cells: Cells, model: str, ratio: float) -> str:
-    (ours, mine), (theirs, other) = (_best(cells, model, ratio, tool) for tool in ("kompakt", "torch-pruning"))
-    if not mine or not other:
-        return "not measured"
+def _beside(cells: Cells, model: str, ratio: float, how: str) -> tuple[str, str]:
+    """Compare after as many epochs as both tools were trained for; the most of them."""
+    lasting = [
+        {cell["key"]["epochs"] for cell in cells.find(part="tuned", model=model, ratio=ratio, tool=tool, steps=0)}
+        for tool in ("kompakt", "torch-pruning")
+    ]
+    if not (both := lasting[0] & lasting[1]):
+        return "not measured", f"{how} --epochs {EPOCHS}"
+    pair = [_best(cells, model, ratio, tool, max(both)) for tool in ("kompakt", "torch-pruning")]
+    (ours, mine), (theirs, other) = pair
+    many = f"{max(both)} epochs, {len(mine)} and {len(other)} seeds"
     word = "yes" if ours <= theirs else "no"
-    return f"{word}: {ours:.2f} points against {theirs:.2f} ({len(mine)} and {len(other)} seeds)"
+    return f"{word}: {ours:.2f} points against {theirs:.2f} ({many})", f"{how} {_trained(mine)}"
 
 
 def _semi_sparse(cells: Cells) -> str:
