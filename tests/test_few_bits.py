@@ -196,6 +196,27 @@ def test_one_bit_of_activations_is_two_learned_values_that_only_layers_read(tmp_
     assert float(((runtime - wanted).abs() < 1e-3 * float(wanted.abs().max()) + 1e-4).float().mean()) > 0.98
 
 
+def test_float_sums_leave_few_bits_to_what_layers_multiply(tmp_path: Path) -> None:
+    capture, folded, stats = prepared(residual())
+    plan, _ = uniform(folded.graph, ONNXRUNTIME, Knobs(weight_bits=3, activation_bits=3, float_sums=True))
+    made = aware(capture, plan, stats)
+    losses = learn(made)
+    ships, _ = shipped(made, stats)
+    assert losses[-1] < losses[0]
+    for node in ships.module.graph.nodes:
+        if node.op == "call_module" and str(node.target) in {f"quantizers.{e.tensor}" for e in plan.of(Quantize)}:
+            assert {user.target for user in node.users} <= {
+                torch.ops.aten.conv2d.default,
+                torch.ops.aten.linear.default,
+            }
+    branch = next(op for op in folded.graph.ops if op.kind == "add")
+    assert not {branch.name, *branch.refs} & {e.tensor for e in plan.of(Quantize) if e.readers == "all"}
+    with torch.no_grad():
+        wanted = ships.module(X)
+    runtime = torch.from_numpy(open_onnx(export_onnx(ships, tmp_path / "m.onnx"))(X.numpy()))
+    assert torch.allclose(runtime, wanted, atol=1e-4)
+
+
 def test_groups_are_trained_and_ship(tmp_path: Path) -> None:
     capture, folded, stats = prepared(flat())
     plan, _ = uniform(folded.graph, ONNXRUNTIME, Knobs(weight_bits=3, group_size=16))

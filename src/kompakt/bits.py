@@ -84,6 +84,7 @@ def knobs(section: QuantizeSection, keep: frozenset[str] = frozenset()) -> Knobs
         activation_range=section.activation_range,
         power_of_two=section.power_of_two,
         dynamic=section.dynamic,
+        float_sums=section.float_sums,
         keep=frozenset(section.keep) | keep,
     )
 

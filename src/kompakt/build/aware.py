@@ -19,7 +19,7 @@ from kompakt.errors import InputError
 from kompakt.graph.calibrate import Stats
 from kompakt.graph.fold import fold, foldable_norms, remove_identities, set_parameter
 from kompakt.graph.graph import Graph
-from kompakt.graph.trace import Capture, attribute
+from kompakt.graph.trace import Capture, attribute, kind_of
 from kompakt.numerics.binary import binarize, expand, ternarize
 from kompakt.numerics.codebook import LEVELS
 from kompakt.numerics.grid import SMALLEST_SCALE, dequantize, param_shape, rows, saturation_scale
@@ -28,7 +28,9 @@ from kompakt.plan.plan import Plan, Quantize, Share
 from kompakt.spec import PerChannel, QuantSpec
 
 Form = Literal["steps", "binary", "ternary"]
-NORMS = "norms"
+NORMS, STAGES = "norms", "stages"
+ENDS = frozenset({"add", "cat", "relu", "relu6", "hardtanh", "silu", "hardswish", "gelu"})
+"""What the last tensor of a resolution stage comes from."""
 TERNARY_LIMIT = 0.7
 """Of TWN: weights beyond so many times the mean magnitude are not 0."""
 SIGNS = QuantSpec(bits=2, narrow=True, granularity=PerChannel())
@@ -92,6 +94,7 @@ def aware(capture: Capture, plan: Plan, stats: Stats, form: Form = "steps", seed
     made = quantize(facing, plan, stats, seed).module
     made.requires_grad_(True)
     _learn(made, folded.graph, plan, form, stats)
+    _with_stages(made)
     return Aware(module=made, source=source, plan=plan)
 
 
@@ -118,6 +121,23 @@ def _with_norms(capture: Capture) -> fx.GraphModule:
     module.graph.eliminate_dead_code()
     module.recompile()
     return module
+
+
+def _with_stages(module: fx.GraphModule) -> None:
+    """Let the last sum or activation of every resolution be a module, so that a teacher's features can be met there."""
+    module.add_module(STAGES, nn.ModuleDict())
+    folder = module.get_submodule(STAGES)
+    assert isinstance(folder, nn.ModuleDict)
+    maps = [node for node in module.graph.nodes if kind_of(node) in ENDS and node.meta["val"].ndim == 4]
+    for node in {tuple(node.meta["val"].shape[2:]): node for node in maps}.values():
+        if any(user.op == "call_module" for user in node.users):
+            continue  # a quantizer or a norm stands there
+        folder[node.name] = nn.Identity()
+        with module.graph.inserting_after(node):
+            called = module.graph.call_module(f"{STAGES}.{node.name}", (node,))
+        called.meta = dict(node.meta)
+        node.replace_all_uses_with(called, delete_user_cb=lambda user, called=called: user is not called)
+    module.recompile()
 
 
 def _norm(module: fx.GraphModule, node: fx.Node) -> nn.Module:

@@ -42,7 +42,7 @@ def quantize(capture: Capture, plan: Plan, stats: Stats, seed: int = 0) -> Captu
         if entry.role == "activation":
             made[entry.tensor] = made[entry.like] if entry.like else _activation_quantizer(entry, stats)
             sources, name = [_normed(module, nodes[entry.tensor])], entry.like or entry.tensor
-            _insert_after(module, sources, name, made[entry.tensor], layers_only=entry.spec.bits == 1)
+            _insert_after(module, sources, name, made[entry.tensor], layers_only=entry.readers == "layers")
     for entry in entries:
         if entry.role == "weight":
             weight = attribute(module, entry.tensor)

@@ -23,6 +23,9 @@ class IntegerOptions:
     activation_bits: Annotated[int | None, Bits] = None
     group_size: Annotated[int | None, typer.Option(help="weights that share a scale", min=1)] = None
     dynamic: Annotated[bool, typer.Option("--dynamic", help="ranges of activations at run time")] = False
+    float_sums: Annotated[
+        bool, typer.Option("--float-sums", help="sums stay float: integers are what layers multiply")
+    ] = False
     activation_range: Annotated[
         Literal["minmax", "moving", "percentile", "mse", "kl"], typer.Option(help="range estimator")
     ] = "mse"

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from torch import Tensor
 
@@ -27,6 +28,7 @@ class Knobs:
         activation_range: a key of ``kompakt.numerics.ranges.ESTIMATORS``.
         power_of_two: every scale is a power of two and every zero point 0, as integer accelerators want them.
         dynamic: activations of linear layers are quantized by each input's own range; convolutions stay float.
+        float_sums: only what a layer multiplies is quantized; sums and averages stay float. So do they at one bit.
         keep: names of layers (ops) that stay float.
     """
 
@@ -38,7 +40,13 @@ class Knobs:
     activation_range: str = "mse"
     power_of_two: bool = False
     dynamic: bool = False
+    float_sums: bool = False
     keep: frozenset[str] = frozenset()
+
+    @property
+    def layers_only(self) -> bool:
+        """Whether integers are for what a layer multiplies alone (PACT, LSQ; Bi-Real Net, ReActNet at one bit)."""
+        return self.float_sums or self.activation_bits == 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +92,7 @@ def uniform(graph: Graph, rules: Rules, knobs: Knobs = Knobs()) -> tuple[Plan, t
             raise InputError(f"{name}: the model has no such layer; its layers are {_some(graph)}")
     if knobs.dynamic:
         rules = replace(rules, layers=frozenset({"linear"}), joins=frozenset(), pools=frozenset())
-    if knobs.activation_bits == 1:
-        # One bit is for what a layer multiplies; sums and averages stay as they are (Bi-Real Net, ReActNet).
+    if knobs.layers_only:
         rules = replace(rules, joins=frozenset(), pools=frozenset(), needs_output=frozenset())
     weights = tuple(_weight(graph, rules, knobs, op.name) for op in integer_layers(graph, rules, knobs.keep))
     # A weight read by two layers is quantized once.
@@ -116,11 +123,19 @@ def _activations(graph: Graph, rules: Rules, knobs: Knobs) -> tuple[Quantize, ..
         found = replace(with_bits(wanted, knobs.bits.get(owner, knobs.activation_bits)), dynamic=knobs.dynamic)
         return replace(found, power_of_two=True, signed=True, symmetric=True) if knobs.power_of_two else found
 
-    # A range that is taken from each input, or learned for each channel, belongs to one tensor that a layer reads.
-    alone = knobs.dynamic or knobs.activation_bits == 1
+    # A range that is taken from each input, or read by layers alone, belongs to one tensor that a layer reads.
+    alone = knobs.dynamic or knobs.layers_only
+    readers: Literal["all", "layers"] = "layers" if knobs.layers_only else "all"
     estimator = "minmax" if knobs.dynamic else knobs.activation_range
     return tuple(
-        Quantize(tensor=name, role="activation", spec=spec(name), range=estimator, like=None if alone else like)
+        Quantize(
+            tensor=name,
+            role="activation",
+            spec=spec(name),
+            range=estimator,
+            like=None if alone else like,
+            readers=readers,
+        )
         for name, like in sites.items()
         if not (alone and not _feeds_layer(graph, rules, name))
     )

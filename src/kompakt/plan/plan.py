@@ -24,6 +24,7 @@ class Quantize:
         spec: the integers.
         range: the estimator of the range, a key of ``kompakt.numerics.ranges.ESTIMATORS``.
         like: the op whose range this one shares (for ops that only move values); it must be quantized too.
+        readers: who reads the integers of an op: ``all``, or ``layers`` alone, what else reads it the float.
     """
 
     tensor: str
@@ -31,6 +32,7 @@ class Quantize:
     spec: QuantSpec
     range: str = "minmax"
     like: str | None = None
+    readers: Literal["all", "layers"] = "all"
     kind: Literal["quantize"] = "quantize"
 
 

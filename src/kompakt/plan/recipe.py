@@ -32,7 +32,8 @@ class QuantizeSection(Section):
     of every layer among ``widths``; with ``times_faster`` a layer may stay float as well, as far as the file, timed in
     the target's runtime, is so many times faster than the original. ``rate`` chooses steps and integers so that the
     coded file is small: nats of divergence from the model's predictions that a bit may cost (``kompakt.build.rate``).
-    ``keep_ends`` holds the first and the last layer at 8 bits.
+    ``keep_ends`` holds the first and the last layer at 8 bits. ``float_sums`` leaves sums and averages in float, as
+    the literature counts bits of activations: of what layers multiply.
     ``power_of_two`` makes every scale 2ⁿ and every zero point 0.
     """
 
@@ -52,6 +53,7 @@ class QuantizeSection(Section):
     sensitivity: Literal["output", "hessian"] = "output"
     rate: float | None = Field(default=None, gt=0)
     keep_ends: bool = False
+    float_sums: bool = False
     packed: bool = False
     power_of_two: bool = False
     weight_range: Literal["minmax", "mse"] | None = None
