@@ -8,12 +8,21 @@ from benchmarks.prune_table import Cells
 from kompakt.measure.accuracy import Score, paired_drop
 
 IMAGES = 10_000
+FLOAT_SUMS = {"keep_ends": True, "float_sums": True}
 PTQ: dict[str, tuple[dict[str, Any], str]] = {
     "W8A8": ({}, "kompakt quantize Z"),
     "W4A8": ({"weight_bits": 4}, "kompakt quantize Z --weight-bits 4"),
     "W4A4": (
         {"weight_bits": 4, "activation_bits": 4, "keep_ends": True},
         "kompakt quantize Z --weight-bits 4 --activation-bits 4 --keep-ends",
+    ),
+    "W4A4, float sums": (
+        FLOAT_SUMS | {"weight_bits": 4, "activation_bits": 4},
+        "kompakt quantize Z --weight-bits 4 --activation-bits 4 --keep-ends --float-sums",
+    ),
+    "W3A3, float sums": (
+        FLOAT_SUMS | {"weight_bits": 3, "activation_bits": 3},
+        "kompakt quantize Z --weight-bits 3 --activation-bits 3 --keep-ends --float-sums",
     ),
     "W4A8 nearest": (
         {"weight_bits": 4, "rounding": "nearest"},
@@ -27,7 +36,6 @@ PTQ: dict[str, tuple[dict[str, Any], str]] = {
     "mixed 4": ({"average_bits": 4.0}, "kompakt quantize Z --mixed --average-bits 4"),
     "mixed 3": ({"average_bits": 3.0}, "kompakt quantize Z --mixed --average-bits 3"),
 }
-FLOAT_SUMS = {"keep_ends": True, "float_sums": True}
 QAT: dict[str, tuple[dict[str, Any] | None, str, float | None]] = {
     "control": (None, "", None),
     "W4A4": ({"weight_bits": 4, "activation_bits": 4, "keep_ends": True}, "steps", 0.5),

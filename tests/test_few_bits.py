@@ -209,6 +209,8 @@ def test_float_sums_leave_few_bits_to_what_layers_multiply(tmp_path: Path) -> No
                 torch.ops.aten.conv2d.default,
                 torch.ops.aten.linear.default,
             }
+    said = notes(QuantizeSection(weight_bits=3, activation_bits=3, float_sums=True), ships, ".onnx", taught=True)
+    assert any("sums stay float" in line for line in said)
     branch = next(op for op in folded.graph.ops if op.kind == "add")
     assert not {branch.name, *branch.refs} & {e.tensor for e in plan.of(Quantize) if e.readers == "all"}
     with torch.no_grad():

@@ -101,7 +101,11 @@ def _storage(section: QuantizeSection, made: Capture) -> list[str]:
         text = f"{'-, '.join(few)}-bit weights are storage only: in ONNX they stand in int8, smaller as .kpk, no faster"
         said.append(f"{'-, '.join(few)}-bit weights are storage only, {how}" if how else text)
     inputs = sorted({each.spec.bits for name, each in found.items() if name not in made.graph.tensor})
-    if inputs and inputs[0] < BYTE:
+    if section.float_sums:
+        said.append(
+            "sums stay float: convolutions whose outputs they read are multiplied in float, no faster than fp32"
+        )
+    elif inputs and inputs[0] < BYTE:
         said.append(f"activations of {inputs[0]} bits run as 8-bit integers with a clamp: no faster than 8 bits")
     return said
 
