@@ -151,7 +151,7 @@ def _steps(cells: Cells) -> list[str]:
     """Write the times of a training step."""
     lines = [
         f"{PEER}: its quantizers' defaults (scale a channel from the weights' largest, learned steps of activations),",
-        "calibrated first; the same batches, teacher and learning rates; branches are added in float; scored in PyTorch.",
+        "calibrated first; the same batches, teacher and learning rates; branches added in float; scored in PyTorch.",
         "",
         "| one training step, batch of 128, no teacher | time, against fp32 (95 %) |",
         "| --- | --- |",
