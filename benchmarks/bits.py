@@ -44,9 +44,9 @@ def run_qat(cells: Cells, bench: Bench, given: argparse.Namespace) -> None:
             knobs, form, _ = QAT[name]
             section = None if knobs is None else QuantizeSection(**knobs)
             key = {"part": "qat", "model": bench.name, "row": name, "knobs": knobs or {}, "form": form, "seed": seed}
-            key |= {"epochs": given.epochs, "learning_rate": given.rate, "teacher": True, "images": 10_000}
+            key |= {"epochs": given.epochs, "learning_rate": RATE, "teacher": True, "images": 10_000}
             key |= {"hint": given.hint} if given.hint else {}
-            label = "-".join(("qat", name, *map(str, (seed, given.epochs, given.rate, given.hint)))).replace(" ", "-")
+            label = "-".join(("qat", name, *map(str, (seed, given.epochs, given.hint)))).replace(" ", "-")
             cells.get(key, lambda k=key, s=section, f=form, n=label: qat(bench, n, k, s, f, cells.spent))
 
 
@@ -80,7 +80,6 @@ def main() -> int:
     parser.add_argument("--rows", nargs="+", default=list(QAT), choices=list(QAT), help="of the part that trains")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--rate", type=float, default=RATE, help="highest learning rate")
     parser.add_argument("--hint", type=float, default=0.0, help="weight of the teacher's features at the end of stages")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop cleanly after this time")
     parser.add_argument("--cifar", default="/tmp/data", help="CIFAR-10 as an image folder")

@@ -113,7 +113,7 @@ def qat(bench: Bench, label: str, key: dict[str, Any], section: QuantizeSection 
         if spent():
             raise TimeUp
 
-    settings = replace(settings_of(key["epochs"], key["seed"], label), learning_rate=key["learning_rate"])
+    settings = settings_of(key["epochs"], key["seed"], label)
     teachers = (Teacher(model=teacher),) if key["teacher"] else ()
     loader = shuffled(bench.data.train, BATCH, seed=key["seed"], augment=crop_and_flip)
     hooks, goal = Hooks(after_step=(watch,)), objective(key["teacher"])

@@ -103,7 +103,7 @@ def _storage(section: QuantizeSection, made: Capture) -> list[str]:
     inputs = sorted({each.spec.bits for name, each in found.items() if name not in made.graph.tensor})
     if section.float_sums:
         said.append(
-            "sums stay float: convolutions whose outputs they read are multiplied in float, no faster than fp32"
+            "sums stay float: convolutions whose outputs they read multiply floats, slower than fp32; storage only"
         )
     elif inputs and inputs[0] < BYTE:
         said.append(f"activations of {inputs[0]} bits run as 8-bit integers with a clamp: no faster than 8 bits")
