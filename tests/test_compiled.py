@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kompakt.coding import decode_integers, encode_integers, rans, section, unblock
+from kompakt.coding import decode_integers, encode_integers, huffman, rans, section, unblock
 from kompakt.coding.bundle import Bundle, Member, Tables
 from kompakt.coding.header import Coded
 from kompakt.coding.kernels import WINDOW, Layout, Scales, weight_rows
@@ -190,6 +190,28 @@ def in_a_process(code: str, **environment: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip() + done.stderr.strip()
+
+
+@needs_numba
+@settings(max_examples=50, deadline=None)
+@given(SEEDS)
+def test_codes_of_huffman_are_read_equally_whole_cut_and_damaged(seed):
+    rng = np.random.default_rng(seed)
+    symbols = rng.geometric(rng.uniform(0.02, 0.9), rng.integers(2, 3000)) % 300
+    symbols[:2] = 0, 1
+    lengths = huffman.code_lengths(np.bincount(symbols))
+    whole = huffman.encode(symbols, lengths)
+    damaged = bytearray(whole)
+    damaged[rng.integers(len(whole))] ^= 1 << rng.integers(8)
+    for data in (whole, whole[:-1], whole + b"\0", bytes(damaged)):
+        outcomes = []
+        for walk in (compiled_loops().walk, None):
+            try:
+                outcomes.append(huffman.decode(data, lengths, symbols.size, walk).tolist())
+            except KompaktError as error:
+                outcomes.append(str(error))
+        assert outcomes[0] == outcomes[1]
+        assert data is not whole or outcomes[0] == symbols.tolist()
 
 
 def test_importing_kompakt_does_not_import_numba():

@@ -6,6 +6,7 @@ from kompakt.errors import FormatError, InputError
 
 MOST_BITS = 32
 CHUNK = 2**16
+FEW = 256  # values that Python's own integers unpack sooner than numpy
 
 
 def packed_size(count: int, bits: int) -> int:
@@ -76,9 +77,12 @@ def _pack_narrow(values: np.ndarray, bits: int) -> bytes:
 def _unpack_narrow(raw: np.ndarray, bits: int, count: int) -> np.ndarray:
     if bits == 8:
         return raw.copy()
-    out = np.zeros(-(-count // 8) * 8, np.uint8)
     if bits == 0:
-        return out[:count]
+        return np.zeros(count, np.uint8)
+    if count <= FEW:
+        number, mask = int.from_bytes(raw.tobytes(), "little"), 2**bits - 1
+        return np.array([number >> place & mask for place in range(0, bits * count, bits)], np.uint8)
+    out = np.zeros(-(-count // 8) * 8, np.uint8)
     mask = np.uint64(2**bits - 1)
     for start in range(0, raw.size, bits * CHUNK):
         part = raw[start : start + bits * CHUNK]

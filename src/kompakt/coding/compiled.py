@@ -12,13 +12,13 @@ from kompakt.coding import loops, pops
 from kompakt.coding.bundle import Member, Tables, inexact
 from kompakt.coding.kernels import Plane
 from kompakt.coding.loops import FIELDS, Planes
-from kompakt.coding.models import CLASSES, SHAPES, frequencies
-from kompakt.coding.pops import Stream
+from kompakt.coding.models import SHAPES, frequencies
+from kompakt.coding.pops import Stream, walk
 from kompakt.coding.rans import Reader, used_up
 from kompakt.coding.sides import check_side, side_values
 from kompakt.coding.stream import check_escapes, late_head
-from kompakt.coding.tablesets import BINS
 
+__all__ = ["decode", "to_rows", "walk"]
 NONE = -1
 
 
@@ -80,7 +80,7 @@ class _Plan:
         return Planes(
             parts=self._parts,
             sides=sides,
-            lookups=_lookups(tables),
+            cuts=_cuts(tables),
             parametric=_parametric(tables.shape, tables.bits) if self._parametric else none,
             stored=pops.make_table(tables.rows, tables.bits) if self._stored else none,
             escapes=np.ascontiguousarray(escapes, np.int32),
@@ -111,10 +111,8 @@ class _Plan:
         self._values += layout.kernels * layout.taps
         self._classes += layout.kernels
         self._heads += layout.kernels * sparse
-        used = tables.sets[model.index] if model.stored else None
         row = [layout.kernels, layout.inputs, layout.taps, model.stored, model.scales.base, *places]
         row += [weights if model.weights is not None else NONE, model.index]
-        row += [len(used.frequencies) if used is not None else 1]
         row += [
             tables.placed(model.index).head_context if sparse else NONE,
             NONE if model.heads is None else model.heads,
@@ -155,11 +153,15 @@ def _check(status: int, used: int, escapes: int) -> None:
     check_escapes(used, escapes)
 
 
-def _lookups(tables: Tables) -> np.ndarray:
-    """For each set its contexts by scale class, and what magnitudes of predictions add, int64 [sets, 37 + 65]."""
-    placed = [tables.placed(index) for index in range(len(tables.sets))]
-    found = [np.concatenate([one.by_class(), one.by_bin()]) for one in placed]
-    return np.array(found, np.int64).reshape(-1, CLASSES + BINS + 1)
+def _cuts(tables: Tables) -> np.ndarray:
+    """For each set the number of its first context, how many thresholds of each kind it has, and these."""
+    found, first = np.zeros((len(tables.sets), loops.CUTS), np.int64), 0
+    for row, one in zip(found, tables.sets, strict=True):
+        thresholds = (*one.classes, *one.bins)
+        row[: loops.THRESHOLDS] = first, len(one.classes), len(one.bins)
+        row[loops.THRESHOLDS : loops.THRESHOLDS + len(thresholds)] = thresholds
+        first += len(one.frequencies)
+    return found
 
 
 @lru_cache(maxsize=SHAPES)

@@ -6,6 +6,7 @@ length is looked up at every bit position, and the chain of positions is found b
 """
 
 import heapq
+from collections.abc import Callable
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from kompakt.errors import FormatError
 MOST_LENGTH = 15
 MOST_SYMBOLS = 4096
 CHUNK_BITS = 2**18
+Walk = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], int]
 
 
 def code_lengths(counts: np.ndarray) -> np.ndarray:
@@ -50,8 +52,14 @@ def encode(symbols: np.ndarray, lengths: np.ndarray) -> bytes:
     return np.packbits(bits, bitorder="little").tobytes()
 
 
-def decode(data: bytes | memoryview, lengths: np.ndarray, count: int) -> np.ndarray:
+def decode(data: bytes | memoryview, lengths: np.ndarray, count: int, walk: Walk | None = None) -> np.ndarray:
     """Read ``count`` symbols.
+
+    Args:
+        data: the stream.
+        lengths: the length of each symbol's code.
+        count: how many symbols.
+        walk: ``kompakt.coding.pops.walk``, where it is compiled: a loop over symbols.
 
     Raises:
         FormatError: the lengths are no complete code, or the stream does not hold exactly ``count`` symbols.
@@ -60,21 +68,34 @@ def decode(data: bytes | memoryview, lengths: np.ndarray, count: int) -> np.ndar
     if not count <= 8 * len(data) <= count * width + 7:
         raise FormatError(f"Huffman stream: {len(data)} bytes cannot hold {count} symbols of this code")
     out = np.empty(count, np.uint16)
-    done = start = 0
     total = 8 * len(data)
-    while done < count:
-        bits = _window(data, start, min(CHUNK_BITS, total - start) + width)
-        slots = _slots(bits, width)
-        jumps = np.minimum(np.arange(slots.size) + table_lengths[slots], slots.size)
-        steps = _chain(jumps, min(count - done, CHUNK_BITS // width))
-        out[done : done + steps.size] = table_symbols[slots[steps]]
-        done += steps.size
-        start += int(steps[-1]) + int(table_lengths[slots[steps[-1]]])
-        if start > total:
-            raise FormatError("Huffman stream: it ends in the middle of a code; the file is cut or corrupt")
+    if walk is None:
+        start = _walk_plainly(data, table_symbols, table_lengths, width, out)
+    else:
+        bits = _window(data, 0, total + width)
+        start = walk(bits, table_symbols, table_lengths, out)
+    if start > total:
+        raise FormatError("Huffman stream: it ends in the middle of a code; the file is cut or corrupt")
     if total - start >= 8:
         raise FormatError("Huffman stream: bytes are left after the last symbol; the file is corrupt")
     return out
+
+
+def _walk_plainly(
+    data: bytes | memoryview, symbols: np.ndarray, lengths: np.ndarray, width: int, out: np.ndarray
+) -> int:
+    """Fill ``out``; return the bits that are used, more than there are where the stream is cut."""
+    done = start = 0
+    total, count = 8 * len(data), out.size
+    while done < count and start <= total:
+        bits = _window(data, start, min(CHUNK_BITS, total - start) + width)
+        slots = _slots(bits, width)
+        jumps = np.minimum(np.arange(slots.size) + lengths[slots], slots.size)
+        steps = _chain(jumps, min(count - done, CHUNK_BITS // width))
+        out[done : done + steps.size] = symbols[slots[steps]]
+        done += steps.size
+        start += int(steps[-1]) + int(lengths[slots[steps[-1]]])
+    return start
 
 
 def check_lengths(lengths: np.ndarray) -> None:

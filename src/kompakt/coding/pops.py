@@ -58,39 +58,37 @@ def make_table(frequencies: np.ndarray, bits: int) -> np.ndarray:
 @njit
 def pop(stream: Stream, table: np.ndarray, contexts: np.ndarray, found: np.ndarray) -> bool:
     """Pop a symbol for each context, from where in a round the last one stood; False without words."""
-    places, lanes, done = stream.places, stream.states.size, 0
-    bits = np.uint64(stream.bits)
-    mask, floor = (np.uint64(1) << bits) - np.uint64(1), np.uint64(1) << bits + bits
-    while done < contexts.size:
-        turn = places[1]
-        lane = turn & (lanes - 1)
-        size = min(lanes - lane, contexts.size - done)
-        states = stream.states[lane : lane + size]
-        wanted, symbols = contexts[done : done + size], found[done : done + size]
-        place, words = np.uint64(places[0]), stream.words
+    places, states, words, lanes = stream.places, stream.states, stream.words, np.uint64(stream.states.size)
+    bits, one = np.uint64(stream.bits), np.uint64(1)
+    mask, floor = (one << bits) - one, one << bits + bits
+    done, count, turn, place = np.uint64(0), np.uint64(contexts.size), np.uint64(places[1]), np.uint64(places[0])
+    # No slices: a round of a few lanes takes less time than making one.
+    while done < count:
+        lane = turn & lanes - one
+        size = min(lanes - lane, count - done)
         if turn < lanes:
             for i in range(size):
-                x = states[i]
-                entry = table[np.uint64(wanted[i]) | x & mask]
+                x = states[lane + i]
+                entry = table[np.uint64(contexts[done + i]) | x & mask]
                 frequency, offset = np.uint64(entry >> FREQUENCY_AT), np.uint64(entry >> SYMBOL_BITS & OFFSET_MASK)
-                states[i] = (x >> bits) * frequency + offset
-                symbols[i] = np.uint8(entry)
+                states[lane + i] = (x >> bits) * frequency + offset
+                found[done + i] = np.uint8(entry)
         else:
             for i in range(size):
-                x = states[i]
-                entry = table[np.uint64(wanted[i]) | x & mask]
+                x = states[lane + i]
+                entry = table[np.uint64(contexts[done + i]) | x & mask]
                 frequency, offset = np.uint64(entry >> FREQUENCY_AT), np.uint64(entry >> SYMBOL_BITS & OFFSET_MASK)
                 x = (x >> bits) * frequency + offset
-                symbols[i] = np.uint8(entry)
+                found[done + i] = np.uint8(entry)
                 # A word for every lane, taken or not: a branch would be guessed wrong half of the time.
                 filled = x << WORD | np.uint64(words[place])
-                states[i] = filled if x < floor else x
+                states[lane + i] = filled if x < floor else x
                 place += np.uint64(x < floor)
-            places[0] = place
-            if places[0] + lanes > stream.words.size:
+            if place + lanes > np.uint64(words.size):
                 return False
         done += size
-        places[1] = turn + size if turn + size < 2 * lanes else 0
+        turn = turn + size if turn + size < lanes + lanes else np.uint64(0)
+    places[0], places[1] = place, turn
     return True
 
 
@@ -116,3 +114,26 @@ def read_row(stream: Stream, table: np.ndarray, found: np.ndarray) -> bool:
         if not pop(stream, table, contexts[: part.size], part):
             return False
     return end_call(stream)
+
+
+@njit(types.int64(BYTES, types.int64[::1], types.int64[::1], types.uint16[::1]), cache=True, nogil=True)
+def walk(bits: np.ndarray, symbols: np.ndarray, lengths: np.ndarray, found: np.ndarray) -> int:
+    """Read symbols of a prefix code; return the bits that are used, more than there are where the stream is cut.
+
+    Args:
+        bits: 0 or 1 each, and behind the stream as many zeros as the longest code has.
+        symbols, lengths: for every possible run of so many bits, the first the most significant.
+        found: what is filled.
+    """
+    width, place = 0, 0
+    while 1 << width < symbols.size:
+        width += 1
+    for i in range(found.size):
+        if place + width > bits.size:
+            break
+        slot = 0
+        for bit in bits[place : place + width]:
+            slot = slot << 1 | bit
+        found[i] = symbols[slot]
+        place += lengths[slot]
+    return place

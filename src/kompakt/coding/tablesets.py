@@ -52,14 +52,6 @@ class TableSet:
         """The context of the first nonzero values of kernels."""
         return self.first + len(self.frequencies) - 1
 
-    def by_class(self) -> np.ndarray:
-        """The context of each scale class where nothing is predicted, int64 [37]."""
-        return self.first + np.searchsorted(self.classes, np.arange(CLASSES), side="right") * (len(self.bins) + 1)
-
-    def by_bin(self) -> np.ndarray:
-        """What predictions of magnitude 0 … 63 and beyond add to a context, int64 [65]."""
-        return np.searchsorted(self.bins, np.arange(BINS + 1), side="right")
-
     def contexts(self, classes: np.ndarray, predicted: np.ndarray | None) -> np.ndarray:
         """The context of each value, int32, given its scale class and its prediction in eighths."""
         found = np.full(classes.shape, self.first, np.int32)

@@ -152,7 +152,9 @@ def _restore(
         return _shifted(values, entry.least, spec, raw.where)
     if isinstance(entry, Huffman):
         assert stream is not None
-        return _shifted(huffman.decode(stream, entry.lengths, spec.size), entry.least, spec, raw.where)
+        loops = compiled_loops()
+        symbols = huffman.decode(stream, entry.lengths, spec.size, None if loops is None else loops.walk)
+        return _shifted(symbols, entry.least, spec, raw.where)
     assert high is not None
     low = unpack(raw.take(_raw_size(entry, spec)), entry.shift, spec.size) if entry.shift else None
     return _unmodel(high, low, entry, spec, raw.where)
