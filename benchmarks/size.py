@@ -5,7 +5,8 @@ at several steps (dependent quantization on, its defaults otherwise). Each file 
 ONNX Runtime on the validation part of train, by which a user chooses, and on the test images. Beside them: the fp32
 file, and it under zstd-19. Cells are written as they are done to ``results/size/NETWORK.jsonl`` and not measured
 again; ``--page`` writes docs/size.md from them. With ``--rate``, ``--epochs`` and ``--rise`` the networks are trained
-for rate instead (``[finetune] rate``, the original teaching, shifted and mirrored images): one cell.
+for rate instead (``[finetune] rate``, the original teaching, shifted and mirrored images): one cell. With ``--decode``
+a file of kompakt's and one of NNCodec's of about equal accuracy are decoded in turn instead: one cell a pair.
 
 NNCodec wants an environment of its own (``pip install --no-deps nncodec``, pandas, ptflops, torchmetrics, opencv);
 run the script there.
@@ -37,6 +38,7 @@ from kompakt.data import Data, open_data
 from kompakt.graph.fold import fold
 from kompakt.graph.trace import trace
 from kompakt.job import Job
+from kompakt.measure.latency import interleave
 from kompakt.models import load_model
 from kompakt.plan.recipe import FinetuneSection, Recipe
 from kompakt.shrink import prepare
@@ -50,6 +52,9 @@ NETWORKS = {"resnet20": ("kompakt.zoo:resnet20", 32), "resnet32": ("kompakt.zoo:
 CIFAR = (1.5e-8, 3e-8, 6e-8, 1.2e-7, 7.5e-9, 2.1e-8)
 TRADES = {"resnet20": CIFAR, "resnet32": CIFAR, "resnet18": (3e-10, 1e-9, 1e-10, 3e-9)}
 STEPS = (-30, -28, -26, -24, -22, -20)
+PAIRS = {"resnet20": ((2.1e-8, -26), (6e-8, -20)), "resnet32": ((1.5e-8, -26), (3e-8, -20)),
+         "resnet18": ((1e-10, -30),)}  # fmt: skip
+"""Prices and steps whose files are about equally accurate (docs/size.md)."""
 RUNS = 5
 RATE = 0.05
 """Learning rate of training for rate."""
@@ -139,20 +144,48 @@ def theirs(job: Job, model: nn.Module, step: int, folder: Path) -> dict[str, Any
     """A file of NNCodec's at one step."""
     from nncodec import nnc
 
-    state = {name: value.numpy().astype(np.float32) for name, value in model.state_dict().items()
-             if "num_batches" not in name}  # fmt: skip
     file = folder / "theirs.nnc"
-
-    def encode() -> None:
-        nnc.compress(dict(state), bitstream_path=str(file), qp=step, use_dq=True)
-
-    encoding = fastest(encode)
+    encoding = fastest(lambda: compress_theirs(model, step, file))
     found = nnc.decompress(str(file))
     model.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in found.items()}, strict=False)
     example = next(iter(job.data.train.batches(2, limit=2)))[0]
     path = job.target.export(fold(trace(model, example)), folder / "theirs.onnx", metadata={})
     decoding = fastest(lambda: nnc.decompress(str(file)))
     return {"bytes": file.stat().st_size, "encode_s": encoding, "decode_s": decoding, **scores(job, path)}
+
+
+def compress_theirs(model: nn.Module, step: int, file: Path) -> None:
+    """Write a file of NNCodec's."""
+    from nncodec import nnc
+
+    state = {name: value.numpy().astype(np.float32) for name, value in model.state_dict().items()
+             if "num_batches" not in name}  # fmt: skip
+    nnc.compress(state, bitstream_path=str(file), qp=step, use_dq=True)
+
+
+def raced(job: Job, source: Any, pair: tuple[float, int], model: nn.Module, folder: Path) -> dict[str, Any]:
+    """Decode a file of each codec in turn, round after round, in processor time."""
+    from nncodec import nnc
+
+    trade, step = pair
+    made = job.target.export(source.at(trade), folder / "ours.onnx", metadata={})
+    pack_onnx(made, folder / "ours.kpk")
+    compress_theirs(model, step, folder / "theirs.nnc")
+    runs = {
+        "kompakt": lambda: codes(folder / "ours.kpk"),
+        "NNCodec": lambda: nnc.decompress(str(folder / "theirs.nnc")),
+    }
+    times = interleave(runs, seconds=60.0, clock=time.process_time_ns)
+    values = sum(array.size for array in codes(folder / "ours.kpk"))
+    return {
+        "bytes": [(folder / name).stat().st_size for name in ("ours.kpk", "theirs.nnc")],
+        "nanoseconds": [1e6 * times[name].p50_ms / values for name in runs],
+        "ratio": times["NNCodec"].ratio,
+        "ci95": times["NNCodec"].ratio_ci95,
+        "rounds": len(times["NNCodec"].samples_ms),
+        "compiled": compiled_loops() is not None,
+        "right": "",
+    }
 
 
 def plain(job: Job, capture: Any, weights: Path, folder: Path) -> dict[str, Any]:
@@ -165,8 +198,8 @@ def plain(job: Job, capture: Any, weights: Path, folder: Path) -> dict[str, Any]
     return found | scores(job, job.target.export(capture, folder / "original.onnx", metadata={}))
 
 
-def network(name: str, data: Data, training: Training | None) -> None:
-    """All cells of one network, kompakt's and NNCodec's in turn, or the one of training for rate."""
+def network(name: str, data: Data, training: Training | None, decode: bool = False) -> None:
+    """All cells of one network, kompakt's and NNCodec's in turn, or those of training for rate or of decoding."""
     reference, _ = NETWORKS[name]
     weights, arguments = ZOO / f"{name}-cifar10.safetensors", {"num_classes": 10}
     model = load_model(reference, arguments=arguments, weights=weights)
@@ -181,6 +214,12 @@ def network(name: str, data: Data, training: Training | None) -> None:
             measured(cells, path, key, lambda: trained(job, training, folder))
             return
         source = prepare(job)
+        for pair in PAIRS[name] if decode else ():
+            model.load_state_dict(load_file(weights), strict=False)
+            key = {"codec": "decode", "at": pair[0], "qp": pair[1]}
+            measured(cells, path, key, lambda p=pair: raced(job, source, p, model, folder))
+        if decode:
+            return
         measured(cells, path, {"codec": "fp32"}, lambda: plain(job, source.capture, weights, folder))
         for index in range(max(len(TRADES[name]), len(STEPS))):
             for trade in TRADES[name][index : index + 1]:
@@ -198,13 +237,15 @@ def main() -> None:
     parser.add_argument("--rate", type=float, help="train for rate: nats a bit")
     parser.add_argument("--epochs", type=int, default=8, help="of training for rate")
     parser.add_argument("--rise", type=float, default=0.5, help="the share of it over which the price rises")
+    parser.add_argument("--decode", action="store_true", help="time decoding alone, files of both codecs in turn")
     parser.add_argument("--page", action="store_true", help="only write docs/size.md")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     RESULTS.mkdir(parents=True, exist_ok=True)
     for name in [] if arguments.page else arguments.networks:
         training = arguments.rate and Training(arguments.rate, arguments.epochs, arguments.rise)
-        network(name, open_data(arguments.data, input_size=NETWORKS[name][1], progress=False), training)
+        network(name, open_data(arguments.data, input_size=NETWORKS[name][1], progress=False), training,
+                arguments.decode)  # fmt: skip
     write_page(RESULTS, ROOT / "docs")
 
 

@@ -104,7 +104,18 @@ def _section(name: str, cells: list[dict[str, Any]]) -> str:
             f"| {cell['test']:.2f} | {drops[0]:+.2f} | {drops[1]:+.2f} "
             f"| {cell['encode_s']:.3f} | {cell['decode_s']:.4f}{', compiled' if cell.get('compiled') else ''} |"
         )
-    return "\n".join([*rows, "", *_verdicts(cells)])
+    return "\n".join([*rows, "", *_verdicts(cells), *_decoded(cells)])
+
+
+def _decoded(cells: list[dict[str, Any]]) -> list[str]:
+    """Decoding of pairs of files in turn."""
+    return [
+        f"- Decoded in turn, {cell['rounds']} rounds in one process: λ {cell['at']:g} beside qp {cell['qp']:g} "
+        f"**{cell['ratio']:.1f}× as fast** (95 % {cell['ci95'][0]:.1f} to {cell['ci95'][1]:.1f}), "
+        f"{cell['nanoseconds'][0]:.1f} ns a weight beside {cell['nanoseconds'][1]:.0f}."
+        for cell in cells
+        if cell["codec"] == "decode"
+    ]
 
 
 def _ordered(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -144,7 +155,7 @@ def _curve(name: str, cells: list[dict[str, Any]]) -> str:
     wide, high, pad = 520, 300, 50
     most = max((cell["bytes"] for cell in points), default=1) * 1.05
     low = min((cell["test"] for cell in points), default=0) - 0.3
-    top = max((cell["test"] for cell in cells), default=1) + 0.3
+    top = max((cell["test"] for cell in cells if "test" in cell), default=1) + 0.3
 
     def at(cell: dict[str, Any]) -> str:
         x, y = (
