@@ -46,7 +46,9 @@ def run_qat(cells: Cells, bench: Bench, given: argparse.Namespace) -> None:
             key = {"part": "qat", "model": bench.name, "row": name, "knobs": knobs or {}, "form": form, "seed": seed}
             key |= {"epochs": given.epochs, "learning_rate": RATE, "teacher": True, "images": 10_000}
             key |= {"hint": given.hint} if given.hint else {}
-            label = "-".join(("qat", name, *map(str, (seed, given.epochs, given.hint)))).replace(" ", "-")
+            key |= {"cycles": given.cycles} if given.cycles > 1 else {}
+            words = (seed, given.epochs, given.hint, *([given.cycles] if given.cycles > 1 else []))
+            label = "-".join(("qat", name, *map(str, words))).replace(" ", "-")
             cells.get(key, lambda k=key, s=section, f=form, n=label: qat(bench, n, k, s, f, cells.spent))
 
 
@@ -80,6 +82,7 @@ def main() -> int:
     parser.add_argument("--rows", nargs="+", default=list(QAT), choices=list(QAT), help="of the part that trains")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--cycles", type=int, default=1, help="how many times the cosine begins anew")
     parser.add_argument("--hint", type=float, default=0.0, help="weight of the teacher's features at the end of stages")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop cleanly after this time")
     parser.add_argument("--cifar", default="/tmp/data", help="CIFAR-10 as an image folder")

@@ -113,7 +113,7 @@ def qat(bench: Bench, label: str, key: dict[str, Any], section: QuantizeSection 
         if spent():
             raise TimeUp
 
-    settings = settings_of(key["epochs"], key["seed"], label)
+    settings = settings_of(key["epochs"], key["seed"], label, key.get("cycles", 1))
     teachers = (Teacher(model=teacher),) if key["teacher"] else ()
     loader = shuffled(bench.data.train, BATCH, seed=key["seed"], augment=crop_and_flip)
     hooks, goal = Hooks(after_step=(watch,)), objective(key["teacher"])
@@ -137,12 +137,13 @@ def aware_of(bench: Bench, section: QuantizeSection, form: str) -> tuple[Aware, 
     return begun(job, section, bench.capture, with_signs(plan, form), stats, form), stats  # type: ignore[arg-type]
 
 
-def settings_of(epochs: int, seed: int, label: str) -> TrainSettings:
+def settings_of(epochs: int, seed: int, label: str, cycles: int = 1) -> TrainSettings:
     """Return how every row is trained, the peers' too."""
     return TrainSettings(
         epochs=epochs,
         learning_rate=RATE,
-        warmup_epochs=min(1.0, epochs / 4),
+        cycles=cycles,
+        warmup_epochs=min(1.0, epochs / cycles / 4),
         seed=seed,
         channels_last=True,
         checkpoint=FOLDER / "checkpoints" / label,

@@ -129,22 +129,23 @@ def _qat(cells: Cells, base: dict[str, Any]) -> list[str]:
         asked = "" if limit is None else f"≤ {limit:g} within 15 epochs"
         if not found:
             lines.append(f"| {name} | | | | not run yet | | {asked} | | |")
-        for epochs, hint in sorted({_training(cell) for cell in found}):
-            same = [cell for cell in found if _training(cell) == (epochs, hint)]
+        for epochs, hint, cycles in sorted({_training(cell) for cell in found}):
+            same = [cell for cell in found if _training(cell) == (epochs, hint, cycles)]
             accuracy = f"{100 * mean(cell['accuracy'] for cell in same):.2f}"
             drops = "; ".join(_drop(base, cell) for cell in same)
             sizes, minutes = [c["kpk_bytes"] for c in same if "kpk_bytes" in c], mean(c["train_s"] for c in same) / 60
             size = f"{mean(sizes) / 1e3:.0f}" if sizes else ""
+            passes = f"{epochs} in {cycles} cycles" if cycles > 1 else epochs
             lines.append(
-                f"| {name} | {epochs} | {f'{hint:g}' if hint else ''} | {len(same)} | {accuracy} | {drops} | {asked} "
+                f"| {name} | {passes} | {f'{hint:g}' if hint else ''} | {len(same)} | {accuracy} | {drops} | {asked} "
                 f"| {size} | {minutes:.1f} |"
             )
     return [*lines, "", *_steps(cells)]
 
 
-def _training(cell: dict[str, Any]) -> tuple[int, float]:
-    """Epochs, and the weight of hints."""
-    return cell["key"]["epochs"], cell["key"].get("hint", 0.0)
+def _training(cell: dict[str, Any]) -> tuple[int, float, int]:
+    """Epochs, the weight of hints, and how many times the cosine begins anew."""
+    return cell["key"]["epochs"], cell["key"].get("hint", 0.0), cell["key"].get("cycles", 1)
 
 
 def _steps(cells: Cells) -> list[str]:

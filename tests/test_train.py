@@ -209,9 +209,9 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, damage):
         trained(settings)
 
 
-def rates(**changes) -> list[float]:
+def rates(steps=100, **changes) -> list[float]:
     settings = TrainSettings(**{"epochs": 10, "learning_rate": 1.0, **changes})
-    return [learning_rate_at(settings, step, 100) for step in range(100)]
+    return [learning_rate_at(settings, step, steps) for step in range(steps)]
 
 
 def test_schedules():
@@ -223,6 +223,8 @@ def test_schedules():
     warm = rates(warmup_epochs=2)
     assert warm[:20] == pytest.approx([(i + 1) / 21 for i in range(20)])
     assert max(warm) == warm[20] == 1.0
+    twice = rates(cycles=2, warmup_epochs=2)
+    assert twice[:50] == twice[50:] == rates(epochs=5, warmup_epochs=2, steps=50)
     cycle = rates(schedule="onecycle")
     assert cycle[0] == pytest.approx(0.04)
     assert cycle.index(max(cycle)) == 30

@@ -31,7 +31,8 @@ def settings(section: FinetuneSection, out: Path, model: nn.Module, seed: int) -
     return TrainSettings(
         epochs=section.epochs,
         learning_rate=section.learning_rate,
-        warmup_epochs=min(1.0, section.epochs / 4),
+        cycles=section.cycles,
+        warmup_epochs=min(1.0, section.epochs / section.cycles / 4),
         channels_last=section.channels_last,
         compile=section.compile,
         seed=seed,

@@ -12,9 +12,9 @@ from kompakt.errors import InputError
 def learning_rate_at(settings: TrainSettings, step: int, steps: int) -> float:
     """Return the learning rate of step ``step`` of ``steps`` of the whole run.
 
-    Cosine: ``½ · lr · (1 + cos(π · x))``, x the share of the steps after the warm-up (Loshchilov & Hutter 2017,
-    arXiv:1608.03983). One-cycle: from lr/25 up over 30 % of the steps, then down, both as a cosine
-    (Smith & Topin 2019, arXiv:1708.07120).
+    Cosine: ``½ · lr · (1 + cos(π · x))``, x the share of a cycle's steps after its warm-up; a cycle that follows is a
+    warm restart (Loshchilov & Hutter 2017, arXiv:1608.03983). One-cycle: from lr/25 up over 30 % of the steps, then
+    down, both as a cosine (Smith & Topin 2019, arXiv:1708.07120).
     """
     top = settings.learning_rate
     if settings.schedule == "onecycle":
@@ -23,6 +23,8 @@ def learning_rate_at(settings: TrainSettings, step: int, steps: int) -> float:
             return top / 25 + (top - top / 25) * _half_cosine(1 - step / rise)
         return top * _half_cosine((step - rise) / max(1.0, steps - rise))
     warmup = round(settings.warmup_epochs / settings.epochs * steps)
+    cycle = math.ceil(steps / settings.cycles)
+    step, steps = step % cycle, cycle
     if step < warmup:
         return top * (step + 1) / (warmup + 1)
     if settings.schedule == "constant":

@@ -28,7 +28,8 @@ class TrainSettings:
         weight_decay: on matrices and kernels; norms and biases (parameters of one dimension) get
             none unless ``decay_all``.
         schedule: ``cosine`` and ``onecycle`` fall to 0 at the last step; ``constant`` does not fall.
-        warmup_epochs: linear rise at the start (``onecycle`` has its own: the first 30 %).
+        cycles: how many times the cosine begins anew, in equal parts of the steps (``cosine`` only).
+        warmup_epochs: linear rise at the start of each cycle (``onecycle`` has its own: the first 30 %).
         label_smoothing: ε of the task's cross entropy.
         clip_norm: the gradient's largest norm; None does not clip.
         precision: ``bf16`` runs forward and backward under autocast; weights stay float32.
@@ -54,6 +55,7 @@ class TrainSettings:
     weight_decay: float = 5e-4
     decay_all: bool = False
     schedule: Literal["cosine", "onecycle", "constant"] = "cosine"
+    cycles: int = 1
     warmup_epochs: float = 0.0
     label_smoothing: float = 0.0
     clip_norm: float | None = None
@@ -79,7 +81,14 @@ class TrainSettings:
             self.schedule,
             "cosine, onecycle or constant",
         )
-        _need(0 <= self.warmup_epochs < self.epochs, "warmup_epochs", self.warmup_epochs, "0 or more, below epochs")
+        most = self.epochs if self.schedule == "cosine" else 1
+        _need(
+            1 <= self.cycles <= most, "cycles", self.cycles, f"1 to {most}, more than 1 with the cosine schedule only"
+        )
+        whole = self.epochs / self.cycles
+        _need(
+            0 <= self.warmup_epochs < whole, "warmup_epochs", self.warmup_epochs, "0 or more, below epochs of a cycle"
+        )
         _need(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "0 or more, below 1")
         _need(self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "a positive number or none")
         _need(self.precision in ("no", "bf16"), "precision", self.precision, "no or bf16")

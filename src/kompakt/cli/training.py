@@ -16,6 +16,7 @@ class TrainingOptions:
     """How to train."""
 
     learning_rate: Annotated[float, typer.Option(help="highest rate of the cosine schedule", min=1e-8)] = 0.02
+    cycles: Annotated[int, typer.Option(help="how many times the cosine begins anew", min=1)] = 1
     batch_size: Annotated[int, typer.Option(help="examples a step", min=1)] = 128
     augment: Annotated[Augment, typer.Option(help="of the training images")] = "none"
     teacher: Annotated[
@@ -40,6 +41,7 @@ class TrainingOptions:
         return FinetuneSection(
             epochs=epochs,
             learning_rate=self.learning_rate,
+            cycles=self.cycles,
             batch_size=self.batch_size,
             augment=self.augment,
             teacher=tuple(self.teacher or ("original",)),

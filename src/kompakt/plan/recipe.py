@@ -142,12 +142,13 @@ class FinetuneSection(Section):
     soft targets at ``temperature`` where it says nothing. ``teacher`` is ``original``, ``none``, an ONNX file, or
     several of them, mixed evenly. ``rate`` trains weights as the integers that the file will hold: so many nats of
     the loss are worth a bit of it (``kompakt.numerics.priced``); the price rises to it over the share ``rise`` of the
-    training, 0 begins at it. With ``checkpoint`` a run that was stopped goes on from where it was. ``compile`` compiles
-    the step of the training (``TrainSettings.compile``).
+    training, 0 begins at it. The cosine of the learning rate begins anew ``cycles`` times. With ``checkpoint`` a run
+    that was stopped goes on from where it was. ``compile`` compiles the step (``TrainSettings.compile``).
     """
 
     epochs: int = Field(default=0, ge=0)
     learning_rate: float = Field(default=0.02, gt=0)
+    cycles: int = Field(default=1, ge=1)
     batch_size: int = Field(default=128, ge=1)
     examples: int | None = Field(default=None, ge=1)
     augment: Augment = "none"
