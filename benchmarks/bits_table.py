@@ -47,6 +47,7 @@ QAT: dict[str, tuple[dict[str, Any] | None, str, float | None]] = {
     "codebook 4": ({"codebook": 4}, "steps", 0.2),
     "ternary W, A8": ({"weight_bits": 2, "keep_ends": True}, "ternary", 1.0),
     "binary W, A8": ({"weight_bits": 1, "keep_ends": True}, "binary", 2.5),
+    "W1A1": ({"weight_bits": 1, "activation_bits": 1, "keep_ends": True}, "binary", None),
 }
 PEER, MIXED_PEER = "Brevitas W4A4", "MCT mixed"
 HEAD = """# Below eight bits
