@@ -323,7 +323,14 @@ def test_bad_input_is_one_line():
         train(toy_net(), toy_loader(), replace(PLAIN, shard=True))
     with pytest.raises(InputError, match="none where parameters are sharded"):
         replace(PLAIN, shard=True, ema=0.9)
-    for changes in ({"epochs": 0}, {"learning_rate": -1}, {"schedule": "step"}, {"ema": 1.0}, {"warmup_epochs": 3}):
+    for changes in (
+        {"epochs": 0},
+        {"learning_rate": -1},
+        {"schedule": "step"},
+        {"ema": 1.0},
+        {"warmup_epochs": 3},
+        {"cycles": 4},
+    ):
         with pytest.raises(InputError, match=f"{next(iter(changes))} .*: expected"):
             replace(PLAIN, **changes)
 

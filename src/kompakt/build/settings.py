@@ -82,13 +82,9 @@ class TrainSettings:
             "cosine, onecycle or constant",
         )
         most = self.epochs if self.schedule == "cosine" else 1
-        _need(
-            1 <= self.cycles <= most, "cycles", self.cycles, f"1 to {most}, more than 1 with the cosine schedule only"
-        )
+        _need(1 <= self.cycles <= most, "cycles", self.cycles, f"1 to {most}, the epochs (1 without a cosine)")
         whole = self.epochs / self.cycles
-        _need(
-            0 <= self.warmup_epochs < whole, "warmup_epochs", self.warmup_epochs, "0 or more, below epochs of a cycle"
-        )
+        _need(0 <= self.warmup_epochs < whole, "warmup_epochs", self.warmup_epochs, "0 or more, below a cycle")
         _need(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "0 or more, below 1")
         _need(self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "a positive number or none")
         _need(self.precision in ("no", "bf16"), "precision", self.precision, "no or bf16")
