@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -476,3 +477,10 @@ def test_compress_refuses_a_target_that_it_cannot_measure(folder: Path, tmp_path
     status, _, err = run("compress", MODEL, "--data", folder, *SIZE, "--target", "triton", "--out", tmp_path / "out")
     assert status == 2
     assert "kompakt export" in err
+
+
+def test_python_dash_m_is_the_command(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "kompakt", "bench", str(tmp_path / "none.onnx"), "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("kompakt: ")
