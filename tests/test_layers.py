@@ -55,7 +55,7 @@ ORDER = (
         "teaching",
         "training",
     },
-    {"cli"},
+    {"cli", "__main__"},
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 
