@@ -409,7 +409,7 @@ def test_distill_makes_a_student_trains_it_and_its_weights_come_back(
 
 def test_few_bits_are_taught_by_features_too(folder: Path, weights: Path, tmp_path: Path, run: Run) -> None:
     out = tmp_path / "few"
-    bits = ("--weight-bits", 3, "--activation-bits", 3, "--qat-epochs", 1, "--loss", "kd", "--loss", "hint=20")
+    bits = ("--weight-bits", 3, "--activation-bits", 3, "--qat", "--qat-epochs", 1, "--loss", "kd", "--loss", "hint=20")
     given = (MODEL, "--weights", weights, "--data", folder, *SIZE, *bits, "--quiet", "--out", out)
     status, _, err = run("quantize", *given)
     assert status == 0, err

@@ -14,6 +14,8 @@ from kompakt.errors import InputError
 from kompakt.plan.plan import Plan
 from kompakt.plan.recipe import BudgetSection, DistillSection, QatSection, QuantizeSection, Recipe
 
+QAT_EPOCHS = 5
+
 
 @dataclass(frozen=True, kw_only=True)
 class IntegerOptions:
@@ -101,6 +103,7 @@ def quantize(
     training: TrainingOptions,
     run: RunOptions,
     calibration: Annotated[int, typer.Option(help="training examples to calibrate on", min=1)] = 512,
+    qat: Annotated[bool, typer.Option("--qat", help="quantization-aware training; 5 epochs unless said")] = False,
     qat_epochs: Annotated[int, typer.Option(help="epochs of quantization-aware training", min=0)] = 0,
     qat_weights: Annotated[
         Literal["steps", "ternary", "binary"], typer.Option(help="what is trained at one or two bits")
@@ -109,15 +112,16 @@ def quantize(
     max_drop: Annotated[float | None, typer.Option(help="points that may be lost", min=0.0)] = None,
     target_name: Annotated[str, typer.Option("--target", help="runtime that the artifact is for")] = "onnxruntime",
 ) -> None:
-    """Quantize MODEL after training, or in training with --qat-epochs."""
+    """Quantize MODEL after training, or in training with --qat."""
     keys = {**integers.keys(), **few.keys(), "calibration_examples": calibration}
     try:
         section = QuantizeSection(**keys)
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(f"--{str(first['loc'][0]).replace('_', '-')}: {first['msg']}") from None
-    qat = QatSection(**training.section(qat_epochs).model_dump(exclude_unset=True), weights=qat_weights)
+    taught = training.section(qat_epochs or (QAT_EPOCHS if qat else 0))
+    aware = QatSection(**taught.model_dump(exclude_unset=True), weights=qat_weights)
     lesson, budget = DistillSection(terms=training.terms()), BudgetSection(max_drop=max_drop)
-    recipe = Recipe(quantize=section, qat=qat, distill=lesson, budget=budget)
+    recipe = Recipe(quantize=section, qat=aware, distill=lesson, budget=budget)
     given = Plan.read(plan) if plan is not None else None
     run_job("quantize", recipe, target_name, out, model, data, run, given)
