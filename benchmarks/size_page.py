@@ -185,7 +185,7 @@ def _curve(name: str, cells: list[dict[str, Any]]) -> str:
         mine = [at(cell) for cell in points if cell["codec"] == codec]
         lines.append(f'<polyline points="{" ".join(mine)}" fill="none" stroke="{color}" stroke-width="2"/>')
         lines += [f'<circle cx="{p.split(",")[0]}" cy="{p.split(",")[1]}" r="3" fill="{color}"/>' for p in mine]
-        lines.append(text(wide - pad - 80, high - pad - 30 + 16 * number, codec, f'fill="{color}"'))
+        lines.append(text(wide - pad - 100, high - pad - 42 + 16 * number, codec, f'fill="{color}"'))
     style = 'font-family="sans-serif" font-size="12"'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{wide}" height="{high}" {style}>\n'
