@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from kompakt.coding import loops, pops
+from kompakt.coding import chunks, loops, pops
 from kompakt.coding.bundle import Member, Tables, inexact
 from kompakt.coding.kernels import Plane
 from kompakt.coding.loops import FIELDS, Planes
@@ -155,11 +155,11 @@ def _check(status: int, used: int, escapes: int) -> None:
 
 def _cuts(tables: Tables) -> np.ndarray:
     """For each set the number of its first context, how many thresholds of each kind it has, and these."""
-    found, first = np.zeros((len(tables.sets), loops.CUTS), np.int64), 0
+    found, first = np.zeros((len(tables.sets), chunks.CUTS), np.int64), 0
     for row, one in zip(found, tables.sets, strict=True):
         thresholds = (*one.classes, *one.bins)
-        row[: loops.THRESHOLDS] = first, len(one.classes), len(one.bins)
-        row[loops.THRESHOLDS : loops.THRESHOLDS + len(thresholds)] = thresholds
+        row[: chunks.THRESHOLDS] = first, len(one.classes), len(one.bins)
+        row[chunks.THRESHOLDS : chunks.THRESHOLDS + len(thresholds)] = thresholds
         first += len(one.frequencies)
     return found
 
